@@ -1,0 +1,899 @@
+"""DQN on Atari in one file, after Mnih et al. 2015, "Human-level control through deep reinforcement learning".
+
+    python dqn_atari.py --env-id ALE/Breakout-v5 --seed 2                 # train; curves and weights in runs/
+    python dqn_atari.py --env-id ALE/Breakout-v5 --run-name b --resume    # start, or go on after a kill, to the bit
+    python dqn_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
+
+Deep Q-learning with experience replay. The numbers stand again in `train`, where each line happens.
+
+     1  initialise replay memory D to capacity N
+     2  initialise action-value network Q with random weights
+     3  initialise target network Q- with the weights of Q
+     4  for each step t:
+     5      with probability epsilon select a random action a_t, else a_t = argmax_a Q(phi_t, a)
+     6      execute a_t, observe reward r_t and screen x_{t+1}
+     7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, r_t, phi_{t+1}) in D
+     8      sample a minibatch of transitions (phi_j, a_j, r_j, phi_{j+1}) from D
+     9      y_j = r_j where the episode terminates at j, else r_j + gamma max_a' Q-(phi_{j+1}, a')
+    10      one gradient step on the mean of (y_j - Q(phi_j, a_j))^2 by the weights of Q
+    11      every C steps Q- = Q
+
+Differs from the paper:
+- Adam on the squared error, a shorter exploration and a faster target network by default, because they learn from
+  fewer frames; the README has the command line with the paper's own settings.
+- The paper clips the error to [-1, 1] (`--loss huber` here) and sums gradients over the batch; here they are averaged.
+- A step is one agent decision, four emulator frames; the paper also counts in frames.
+- The end by a time limit is no terminal state: its target bootstraps. The paper's code treats it as the game's end.
+- The lecture's slide prints 32 filters in the second convolution and a softmax output. The paper has 64 filters and
+  a linear output (Q-values are no probabilities), and so has this script.
+- On processors with bfloat16 instructions the network computes in bfloat16 on float32 weights (`--precision`).
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "gymnasium==1.4.0",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+import copy
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+SCRIPT = Path(__file__).stem
+FRAME_SIZE = 84  # pixels; a preprocessed screen is 84 x 84 grey levels
+STACK = 4  # screens in one observation
+ACTION_REPEAT = 4  # emulator frames per agent step
+NOOP_MAX = 30  # emulator frames without action at the start of a game, at most
+EVAL_EPSILON = 0.05
+EVAL_MAX_FRAMES = 18_000  # emulator frames of an evaluation game: five minutes at 60 Hz
+LOG_FREQUENCY = 400  # agent steps between two records of losses and speed
+REPLAY_FILE = "replay.frames"
+SCREEN = {"frameskip": 1, "obs_type": "grayscale"}  # the raw emulator; this script repeats and stacks by itself
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+
+
+@dataclasses.dataclass
+class Args:
+    # The run
+    seed: int = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    total_timesteps: int = 1_000_000
+    """agent steps to train for (one step is four emulator frames)"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps; auto takes cuda or mps where there is one"""
+    precision: str = "auto"
+    """float32, bfloat16 (of the network's arithmetic; the weights stay float32), or auto: bfloat16 on a CPU that has
+    instructions for it, else float32"""
+    runs_dir: Path = Path("runs")
+    """folder that holds the runs"""
+    run_name: str = ""
+    """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
+    resume: bool = False
+    """go on from the checkpoint of --run-name; start the run where there is none"""
+    checkpoint_frequency: int = 100_000
+    """agent steps between two checkpoints; 0 switches them off"""
+    eval_episodes: int = 10
+    """games to play for evaluation after training"""
+    evaluate: Path | None = None
+    """a model.pt to evaluate, instead of training"""
+    capture_video: bool = False
+    """record the games of the evaluation as mp4"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "deep-rl-reference-scripts"
+    """project name in Weights & Biases"""
+    wandb_entity: str | None = None
+    """team name in Weights & Biases"""
+
+    # The environment
+    env_id: str = "ALE/Pong-v5"
+    """the game: an Atari environment id"""
+    sticky_actions: float = 0.0
+    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
+
+    # The algorithm
+    learning_rate: float = 1e-4
+    """learning rate of the optimizer"""
+    optimizer: str = "adam"
+    """adam, or rmsprop (centred, decay 0.95, as in the paper)"""
+    optimizer_eps: float = 1e-8
+    """epsilon that the optimizer adds to its denominator"""
+    loss: str = "mse"
+    """mse, or huber (its gradient is the paper's error clipped to [-1, 1])"""
+    buffer_size: int = 1_000_000
+    """screens that the replay memory holds (7,056 bytes each)"""
+    gamma: float = 0.99
+    """discount factor"""
+    target_network_frequency: int = 1_000
+    """agent steps between two copies of the weights to the target network; 1: no separate target"""
+    batch_size: int = 32
+    """transitions in a minibatch"""
+    start_e: float = 1.0
+    """epsilon of the exploration at the start"""
+    end_e: float = 0.01
+    """epsilon of the exploration at its end"""
+    exploration_fraction: float = 0.1
+    """part of the run over which epsilon falls from start to end"""
+    learning_starts: int = 20_000
+    """agent steps before the first update"""
+    train_frequency: int = 4
+    """agent steps between two updates"""
+
+
+def plain(args: Args) -> dict:
+    """The flags in types that JSON knows."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+
+
+def area_taps(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How to shrink an axis of `size` pixels to `new_size` by area.
+
+    A new pixel covers size / new_size old ones and is their mean, those at its edges counted by the part covered. For
+    the first, second, ... old pixel that it touches: the index, int64 (new_size,), and the weight, float32 (new_size,).
+    """
+    scale = size / new_size
+    start = np.arange(new_size) * scale
+    taps = []
+    for touched in range(math.ceil(scale) + 1):
+        index = np.floor(start + 1e-9).astype(np.int64) + touched
+        covered = np.minimum(index + 1, start + scale) - np.maximum(index, start)
+        taps.append((np.minimum(index, size - 1), (covered.clip(0) / scale).astype(np.float32)))
+    return taps
+
+
+class AtariPreprocessing(gym.Wrapper):
+    """The paper's preprocessing ("Methods: Preprocessing") around a raw grey-scale Atari environment.
+
+    `reset` plays 0 to 30 frames without action; `step` repeats an action for 4 frames, adds up their rewards and takes
+    the maximum of the last two screens, which removes the flicker of sprites drawn on every other frame. Both give one
+    screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
+
+    The no-ops are drawn from `rng`, a NumPy generator that the caller may share.
+    """
+
+    def __init__(self, env: gym.Env, rng: np.random.Generator):
+        super().__init__(env)
+        self.rng = rng
+        height, width = env.observation_space.shape
+        self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE), np.uint8)
+        self.rows, self.columns = area_taps(height, FRAME_SIZE), area_taps(width, FRAME_SIZE)
+
+    def shrink(self, screen: np.ndarray) -> np.ndarray:
+        rows = sum(weight[:, None] * screen[index] for index, weight in self.rows)
+        return np.rint(sum(weight * rows[:, index] for index, weight in self.columns)).astype(np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        screen, info = self.env.reset(seed=seed, options=options)
+        for _ in range(self.rng.integers(NOOP_MAX + 1)):
+            screen, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                screen, info = self.env.reset(options=options)
+        self.lives = info["lives"]
+        return self.shrink(screen), info
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        total_reward, screen = 0.0, None
+        for _ in range(ACTION_REPEAT):
+            previous = screen
+            screen, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += reward
+            if terminated or truncated:
+                break
+        info["life_lost"] = info["lives"] < self.lives
+        self.lives = info["lives"]
+        screen = screen if previous is None else np.maximum(previous, screen)
+        return self.shrink(screen), total_reward, terminated, truncated, info
+
+    def get_state(self) -> dict:
+        """The emulator's whole state, its random numbers included, in types that a weights-only load admits."""
+        return {"emulator": self.unwrapped.clone_state(include_rng=True).__getstate__(), "lives": self.lives}
+
+    def set_state(self, state: dict) -> None:
+        self.env.reset()
+        self.unwrapped.restore_state(ale_py.ALEState(state["emulator"]))
+        self.lives = state["lives"]
+
+
+def make_env(args: Args, rng: np.random.Generator) -> gym.Env:
+    return AtariPreprocessing(gym.make(args.env_id, repeat_action_probability=args.sticky_actions, **SCREEN), rng)
+
+
+def make_eval_env(args: Args, rng: np.random.Generator, video_dir: Path) -> gym.Env:
+    limits = {"max_num_frames_per_episode": EVAL_MAX_FRAMES, "repeat_action_probability": args.sticky_actions}
+    if not args.capture_video:
+        return AtariPreprocessing(gym.make(args.env_id, **limits, **SCREEN), rng)
+    env = gym.make(args.env_id, render_mode="rgb_array", **limits, **SCREEN)
+    env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, fps=60, disable_logger=True)
+    return AtariPreprocessing(env, rng)
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+
+
+class QNetwork(nn.Module):
+    """The paper's network: uint8 (batch, 4, 84, 84) to action values (batch, n_actions), in its weights' precision."""
+
+    def __init__(self, n_actions: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(STACK, 32, kernel_size=8, stride=4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(64, 64, kernel_size=3, stride=1),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(inplace=True),
+            nn.Linear(512, n_actions),
+        )
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.network(obs.to(self.network[0].weight.dtype).div_(255))
+
+
+def greedy_action(q_network: QNetwork, obs: torch.Tensor) -> int:
+    """argmax_a Q(obs, a) for one observation, uint8 (1, 4, 84, 84)."""
+    with torch.inference_mode():
+        return int(q_network(obs.to(next(q_network.parameters()).device)).argmax())
+
+
+# --- Replay memory ----------------------------------------------------------------------------------------------------
+
+
+class ReplayMemory:
+    """The last `capacity` screens in a ring, each stored once; observations are stacked again when they are sampled.
+
+    An episode of T steps takes T + 1 places, for its last screen is the next observation of its last transition. Beside
+    each screen stand the action taken there, its reward, whether it ended in a terminal state, whether there was an
+    action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
+
+    With a `path` the screens lie in a memory-mapped file of capacity + spare places. What `state_dict` refers to stays
+    in the file untouched until `spare` further screens have come, so a checkpoint need not copy it.
+    """
+
+    def __init__(
+        self, capacity: int, spare: int, rng: np.random.Generator, device: torch.device, path: Path | None = None
+    ):
+        self.capacity, self.slots, self.rng, self.device = capacity, capacity + spare, rng, device
+        shape = (self.slots, FRAME_SIZE, FRAME_SIZE)
+        self.file = None
+        if path is None:
+            self.frames = np.zeros(shape, np.uint8)
+        else:
+            self.file = np.memmap(path, np.uint8, mode="r+" if path.exists() else "w+", shape=shape)
+            self.frames = np.asarray(self.file)
+        self.action = np.zeros(self.slots, np.uint8)
+        self.reward = np.zeros(self.slots, np.float32)
+        self.terminated = np.zeros(self.slots, bool)
+        self.acted = np.zeros(self.slots, bool)
+        self.age = np.zeros(self.slots, np.uint8)
+        self.count = 0  # screens ever stored; the newest lies at (count - 1) % slots
+
+    def begin(self, frame: np.ndarray) -> None:
+        """Stores the first screen of an episode, uint8 (84, 84)."""
+        self._push(frame, age=0)
+
+    def append(self, action: int, reward: float, terminated: bool, next_frame: np.ndarray) -> None:
+        """Stores the action taken at the newest screen, what it brought, and the screen after it, uint8 (84, 84)."""
+        newest = (self.count - 1) % self.slots
+        self.action[newest] = action
+        self.reward[newest] = reward
+        self.terminated[newest] = terminated
+        self.acted[newest] = True
+        self._push(next_frame, age=min(self.age[newest] + 1, STACK - 1))
+
+    def _push(self, frame: np.ndarray, age: int) -> None:
+        slot = self.count % self.slots
+        self.frames[slot] = frame
+        self.age[slot] = age
+        self.acted[slot] = False
+        self.count += 1
+
+    def _stack(self, position: np.ndarray, first: int, last: int) -> torch.Tensor:
+        """Screens from `first` to `last` (included) relative to `position`, those before the episode's start black."""
+        offset = np.arange(first, last + 1)
+        frames = np.take(self.frames, (position[:, None] + offset) % self.slots, axis=0)
+        before_start = -offset > self.age[position % self.slots, None]
+        if before_start.any():
+            frames[before_start] = 0
+        return self._to_device(frames)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU still computes
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def newest_obs(self) -> torch.Tensor:
+        """The observation that the newest screen completes: uint8 (1, 4, 84, 84)."""
+        return self._stack(np.array([self.count - 1]), 1 - STACK, 0)
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """Transitions drawn uniformly with replacement.
+
+        obs uint8 (batch, 4, 84, 84), action int64 (batch,), reward float32 (batch,), next_obs like obs, terminated
+        float32 (batch,), 1 where the target must not bootstrap.
+        """
+        oldest = max(0, self.count - self.capacity + STACK - 1)
+        position = self.rng.integers(oldest, self.count - 1, batch_size)
+        while not (drawable := self.acted[position % self.slots]).all():
+            position[~drawable] = self.rng.integers(oldest, self.count - 1, (~drawable).sum())
+        slot = position % self.slots
+        frames = self._stack(position, 1 - STACK, 1)
+        return (
+            frames[:, :-1],
+            self._to_device(self.action[slot].astype(np.int64)),
+            self._to_device(self.reward[slot]),
+            frames[:, 1:],
+            self._to_device(self.terminated[slot].astype(np.float32)),
+        )
+
+    def state_dict(self) -> dict:
+        """All but the screens, which must be in the file; those are written through to the disk."""
+        self.file.flush()
+        used = min(self.count, self.slots)
+        names = ("action", "reward", "terminated", "acted", "age")
+        return {"count": self.count} | {name: torch.from_numpy(getattr(self, name)[:used].copy()) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+        for name in ("action", "reward", "terminated", "acted", "age"):
+            getattr(self, name)[: len(state[name])] = state[name].numpy()
+
+
+# --- The update -------------------------------------------------------------------------------------------------------
+
+
+def td_targets(
+    reward: torch.Tensor, terminated: torch.Tensor, next_q_values: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """y = r + gamma max_a' Q-(s', a'), and y = r at a terminal state: (batch,), (batch,), (batch, actions) to (batch,)."""
+    return reward + gamma * (1 - terminated) * next_q_values.float().max(dim=1).values
+
+
+def td_loss(q_values: torch.Tensor, action: torch.Tensor, td_target: torch.Tensor, loss: str) -> torch.Tensor:
+    """Mean over the batch of (y - Q(s, a))^2, or of its Huber variant: (batch, actions), (batch,), (batch,) to ()."""
+    q_value = q_values.gather(1, action[:, None]).squeeze(1).float()
+    return F.mse_loss(q_value, td_target) if loss == "mse" else F.smooth_l1_loss(q_value, td_target)
+
+
+def gradient_step(
+    loss: torch.Tensor, q_network: QNetwork, weights: list[torch.Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """One optimizer step on the float32 `weights`, of which the network's parameters are a copy in its precision."""
+    q_network.zero_grad()
+    loss.backward()
+    for weight, parameter in zip(weights, q_network.parameters(), strict=True):
+        weight.grad.copy_(parameter.grad)
+    optimizer.step()
+    for weight, parameter in zip(weights, q_network.parameters(), strict=True):
+        parameter.data.copy_(weight)
+
+
+def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
+    """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
+
+
+# --- Checkpoint and evaluation ----------------------------------------------------------------------------------------
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        if path.suffix == ".json":
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+        else:
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: Path, flag: str) -> dict:
+    """Reads a .pt file that `save` wrote, tensors and plain types only; a file that is none ends the program."""
+    if not path.is_file():
+        fail(f"{flag}: there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
+        fail(f"{flag}: {path} is damaged or no file of this script ({type(error).__name__})")
+    if not isinstance(content, dict) or content.get("script") != SCRIPT:
+        fail(f"{flag}: {path} is no file of {SCRIPT}.py")
+    return content
+
+
+def evaluate(args: Args, q_network: QNetwork, video_dir: Path) -> list[float]:
+    """Unclipped scores of whole games under the paper's protocol: random no-ops at the start, epsilon 0.05."""
+    rng = np.random.default_rng(args.seed)
+    env = make_eval_env(args, rng, video_dir)
+    device = next(q_network.parameters()).device
+    returns = []
+    for episode in range(args.eval_episodes):
+        frame, _ = env.reset(seed=args.seed if episode == 0 else None)
+        obs = np.zeros((1, STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
+        episodic_return, terminated, truncated = 0.0, False, False
+        while not (terminated or truncated):
+            obs = np.concatenate([obs[:, 1:], frame[None, None]], axis=1)
+            if rng.random() < EVAL_EPSILON:
+                action = int(rng.integers(env.action_space.n))
+            else:
+                action = greedy_action(q_network, torch.from_numpy(obs).to(device))
+            frame, reward, terminated, truncated, _ = env.step(action)
+            episodic_return += float(reward)
+        returns.append(episodic_return)
+        print(f"evaluation game {episode + 1}/{args.eval_episodes}: {episodic_return:g}")
+    env.close()
+    return returns
+
+
+def load_checkpoint(args: Args) -> dict | None:
+    """The checkpoint that --resume goes on from, None where there is none; ends the program where it does not fit."""
+    run_dir = args.runs_dir / args.run_name
+    if not (args.resume and (run_dir / "checkpoint.pt").exists()):
+        return None
+    checkpoint = load(run_dir / "checkpoint.pt", "--resume")
+    free = ("resume", "runs_dir", "device", "eval_episodes", "evaluate", "capture_video", "track")
+    for name, value in plain(args).items():
+        if value != checkpoint["args"].get(name) and name not in free and not name.startswith("wandb"):
+            fail(
+                f"--{name.replace('_', '-')} {value}: {run_dir} was started with {checkpoint['args'].get(name)}; give the same flags"
+            )
+    replay = run_dir / REPLAY_FILE
+    if not replay.exists() or replay.stat().st_size != sum(replay_size(args)) * FRAME_SIZE**2:
+        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
+    return checkpoint
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def choose_device(args: Args) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision of the network's arithmetic that --device and --precision ask for."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.precision != "auto":
+        return torch.device(name), getattr(torch, args.precision)
+    cpu = torch.cpu.get_capabilities()
+    native = name == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.device(name), torch.bfloat16 if native else torch.float32
+
+
+def make_optimizer(args: Args, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
+    if args.optimizer == "adam":
+        return torch.optim.Adam(weights, lr=args.learning_rate, eps=args.optimizer_eps, fused=True)
+    return torch.optim.RMSprop(weights, lr=args.learning_rate, alpha=0.95, eps=args.optimizer_eps, centered=True)
+
+
+def replay_size(args: Args) -> tuple[int, int]:
+    """Screens that the replay memory draws from, and spare places for those that come between two checkpoints."""
+    capacity = min(args.buffer_size, 2 * args.total_timesteps + 1)  # a step stores two screens at most
+    return capacity, 11 * args.checkpoint_frequency // 10 + 2 if args.checkpoint_frequency else 0
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint keeps beside networks, optimizer, memory, emulator and random state."""
+
+    global_step: int = 0
+    episodic_return: float = 0.0
+    episodic_length: int = 0
+    recent_returns: list[float] = dataclasses.field(default_factory=list)  # of the last 100 games, unclipped
+    wall_seconds: float = 0.0
+    update_steps: int = 0  # steps since the first update, and the seconds they took
+    update_seconds: float = 0.0
+
+
+def show_progress(args: Args, progress: Progress, sps: float) -> None:
+    """A bar that redraws itself on a terminal, a plain line elsewhere."""
+    step, total = progress.global_step, args.total_timesteps
+    score = f"{np.mean(progress.recent_returns):.1f}" if progress.recent_returns else "-"
+    minutes = (total - step) / sps / 60
+    line = (
+        f"step {step:,}/{total:,}  return {score}  {sps:.0f} steps/s  {minutes // 60:.0f}:{minutes % 60:02.0f} h left"
+    )
+    if sys.stdout.isatty():
+        filled = 24 * step // total
+        print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\033[K", end="\n" if step == total else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def log_hyperparameters(writer: SummaryWriter, args: Args) -> None:
+    """As a text, and for the HPARAMS tab beside the curve of returns."""
+    values = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(args).items()}
+    table = "\n".join(f"|{name}|{value}|" for name, value in values.items())
+    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + table)
+    for summary in hparams(values, {"charts/episodic_return": 0.0}):
+        writer.file_writer.add_summary(summary)
+
+
+def train(args: Args) -> None:
+    """Trains as the listing above says; leaves curves, weights and a result in the run's folder.
+
+    Raises KeyboardInterrupt, a checkpoint written, when SIGINT or SIGTERM asks to stop.
+    """
+    start_time = time.perf_counter()
+    run_dir = args.runs_dir / args.run_name
+    checkpoint = load_checkpoint(args)
+    device, dtype = choose_device(args)
+    torch.backends.cudnn.deterministic = True
+    torch.set_flush_denormal(True)  # Adam's moments decay into denormals where gradients vanish: 2.7 to 1.2 ms a step
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    env = make_env(args, rng)
+    n_actions = int(env.action_space.n)
+    run_dir.mkdir(parents=True, exist_ok=args.resume)
+    if not checkpoint:
+        (run_dir / REPLAY_FILE).unlink(missing_ok=True)
+        save(run_dir / "args.json", plain(args))
+    if args.track:
+        start_tracking(args)
+    # A killed run repeats what came after its checkpoint: TensorBoard forgets the first version from purge_step on.
+    writer = SummaryWriter(run_dir, purge_step=checkpoint["progress"]["global_step"] + 1 if checkpoint else 0)
+
+    # 1: initialise replay memory D to capacity N
+    path = run_dir / REPLAY_FILE if args.checkpoint_frequency else None
+    memory = ReplayMemory(*replay_size(args), rng, device, path)
+    # 2: initialise action-value network Q with random weights
+    q_network = QNetwork(n_actions).to(device)
+    weights = [parameter.detach().clone() for parameter in q_network.parameters()]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    q_network.to(dtype)
+    optimizer = make_optimizer(args, weights)
+    # 3: initialise target network Q- with the weights of Q
+    target_network = copy.deepcopy(q_network).requires_grad_(False)
+
+    def snapshot() -> dict:
+        return {
+            "script": SCRIPT,
+            "args": plain(args),
+            "progress": dataclasses.asdict(progress),
+            "weights": weights,
+            "target_network": target_network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "memory": memory.state_dict(),
+            "env": env.get_state(),
+            "rng": rng.bit_generator.state,
+        }
+
+    if checkpoint:
+        progress = Progress(**checkpoint["progress"])
+        for weight, parameter, saved in zip(weights, q_network.parameters(), checkpoint["weights"], strict=True):
+            weight.copy_(saved)
+            parameter.data.copy_(saved)
+        target_network.load_state_dict(checkpoint["target_network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        memory.load_state_dict(checkpoint["memory"])
+        env.set_state(checkpoint["env"])
+        rng.bit_generator.state = checkpoint["rng"]
+    else:
+        progress = Progress()
+        log_hyperparameters(writer, args)
+        frame, _ = env.reset(seed=args.seed)
+        memory.begin(frame)
+    wall_seconds_before, checkpoint_count = progress.wall_seconds, memory.count
+    tick_time, tick_step, shown_time = time.perf_counter(), progress.global_step, 0.0
+    loss = q_values = None
+    stop_signals = []
+
+    def request_stop(signum: int, _: object) -> None:
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the program at once
+
+    previous_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    for step in range(progress.global_step + 1, args.total_timesteps + 1):  # 4: for each step t
+        # 5: with probability epsilon a random action, else the one of the highest value
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
+        if rng.random() < epsilon:
+            action = int(rng.integers(n_actions))
+        else:
+            action = greedy_action(q_network, memory.newest_obs())
+
+        # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
+        frame, reward, terminated, truncated, info = env.step(action)
+        memory.append(action, np.sign(reward), terminated or info["life_lost"], frame)
+        progress.global_step = step
+        progress.episodic_return += float(reward)
+        progress.episodic_length += 1
+        if terminated or truncated:
+            progress.recent_returns = [*progress.recent_returns, progress.episodic_return][-100:]
+            writer.add_scalar("charts/episodic_return", progress.episodic_return, step)
+            writer.add_scalar("charts/episodic_length", progress.episodic_length, step)
+            progress.episodic_return, progress.episodic_length = 0.0, 0
+            frame, _ = env.reset()
+            memory.begin(frame)
+
+        if step >= args.learning_starts and step % args.train_frequency == 0:
+            # 8: sample a minibatch
+            obs, actions, rewards, next_obs, terminals = memory.sample(args.batch_size)
+            # 9: y_j = r_j at a terminal state, else r_j + gamma max_a' Q-(phi_{j+1}, a')
+            with torch.no_grad():
+                td_target = td_targets(rewards, terminals, target_network(next_obs), args.gamma)
+            # 10: one gradient step
+            q_values = q_network(obs)
+            loss = td_loss(q_values, actions, td_target, args.loss)
+            gradient_step(loss, q_network, weights, optimizer)
+
+        # 11: every C steps Q- = Q
+        if step % args.target_network_frequency == 0:
+            target_network.load_state_dict(q_network.state_dict())
+
+        # The rest keeps the books: curves, progress, checkpoints.
+        last = step == args.total_timesteps
+        spare_used = memory.count - checkpoint_count + 2 > memory.slots - memory.capacity  # a step stores two at most
+        save_now = args.checkpoint_frequency and (
+            step % args.checkpoint_frequency == 0 or spare_used or stop_signals or last
+        )
+        if step % LOG_FREQUENCY == 0 or save_now:
+            if loss is not None and not math.isfinite(loss.item()):
+                fail(f"the loss is {loss.item()} at step {step:,}; lower --learning-rate. The last checkpoint is kept.")
+            now = time.perf_counter()
+            sps = (step - tick_step) / (now - tick_time)
+            if tick_step >= args.learning_starts:
+                progress.update_steps += step - tick_step
+                progress.update_seconds += now - tick_time
+            progress.wall_seconds = wall_seconds_before + now - start_time
+            tick_time, tick_step = now, step
+            if step % LOG_FREQUENCY == 0:
+                writer.add_scalar("charts/epsilon", epsilon, step)
+                writer.add_scalar("charts/SPS", sps, step)
+                if loss is not None:
+                    writer.add_scalar("losses/td_loss", loss.item(), step)
+                    writer.add_scalar("losses/q_values", q_values.mean().item(), step)
+            if now - shown_time > (1 if sys.stdout.isatty() else 60) or last:
+                shown_time = now
+                show_progress(args, progress, sps)
+        if save_now:
+            writer.flush()
+            save(run_dir / "checkpoint.pt", snapshot())
+            checkpoint_count = memory.count
+        if stop_signals:
+            break
+
+    for signum, handler in previous_handlers.items():
+        signal.signal(signum, handler)
+    if stop_signals:
+        writer.close()
+        raise KeyboardInterrupt
+
+    names = [name for name, _ in q_network.named_parameters()]
+    model = dict(zip(names, weights, strict=True))
+    save(run_dir / "model.pt", {"script": SCRIPT, "args": plain(args), "n_actions": n_actions, "weights": model})
+    returns = evaluate(args, q_network, run_dir / "videos")
+    if returns:
+        writer.add_scalar("eval/episodic_return", np.mean(returns), args.total_timesteps)
+    writer.close()
+    save(
+        run_dir / "result.json",
+        {
+            "script": SCRIPT,
+            "env_id": args.env_id,
+            "seed": args.seed,
+            "total_timesteps": args.total_timesteps,
+            "train_return_mean": float(np.mean(progress.recent_returns)) if progress.recent_returns else None,
+            "eval_return_mean": float(np.mean(returns)) if returns else None,
+            "eval_return_std": float(np.std(returns)) if returns else None,
+            "eval_episodes": args.eval_episodes,
+            "steps_per_second": progress.update_steps / progress.update_seconds if progress.update_steps else None,
+            "wall_seconds": wall_seconds_before + time.perf_counter() - start_time,
+            "device": device.type,
+            "precision": str(dtype).removeprefix("torch."),
+            "torch_threads": torch.get_num_threads(),
+            "versions": {module.__name__: module.__version__ for module in (torch, np, gym, ale_py)}
+            | {"python": platform.python_version()},
+        },
+    )
+    (run_dir / REPLAY_FILE).unlink(missing_ok=True)
+    if returns:
+        print(f"{run_dir}: mean score {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+
+
+def start_tracking(args: Args) -> None:
+    import wandb
+
+    wandb.init(
+        project=args.wandb_project_name,
+        entity=args.wandb_entity,
+        id=args.run_name,
+        resume="allow",
+        config=plain(args),
+        dir=args.runs_dir / args.run_name,
+        sync_tensorboard=True,
+    )
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one line where a flag cannot work; creates nothing."""
+    choices = {
+        "device": ("auto", "cpu", "cuda", "mps"),
+        "precision": ("auto", "float32", "bfloat16"),
+        "optimizer": ("adam", "rmsprop"),
+        "loss": ("mse", "huber"),
+    }
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: choose one of {', '.join(allowed)}")
+    for name in (
+        "total_timesteps",
+        "buffer_size",
+        "batch_size",
+        "learning_starts",
+        "train_frequency",
+        "target_network_frequency",
+        "learning_rate",
+        "optimizer_eps",
+    ):
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    for name in ("seed", "checkpoint_frequency", "eval_episodes"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    for name in ("gamma", "start_e", "end_e", "exploration_fraction", "sticky_actions"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in [0, 1]")
+    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
+        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
+    check_env_id(args.env_id)
+
+
+def check_env_id(env_id: str) -> None:
+    spec = gym.registry.get(env_id)
+    if spec is None:
+        games = [name for name, spec in gym.registry.items() if is_atari(spec) and name.startswith("ALE/")]
+        near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4)
+        fail(f"--env-id {env_id}: no such game" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    if not is_atari(spec):
+        fail(f"--env-id {env_id}: not an Atari game; this script plays ids such as ALE/Pong-v5")
+
+
+def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
+    return spec.entry_point == "ale_py.env:AtariEnv"
+
+
+def check_training(args: Args) -> None:
+    if args.batch_size + STACK + 1 > args.buffer_size:
+        fail(
+            f"--buffer-size {args.buffer_size}: must hold a batch and its stacks, {args.batch_size + STACK + 1} or more"
+        )
+    if args.learning_starts < args.batch_size:
+        fail(f"--learning-starts {args.learning_starts}: must not be under --batch-size {args.batch_size}")
+    if args.learning_starts > args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts}: must not exceed --total-timesteps {args.total_timesteps}")
+    run_dir = args.runs_dir / args.run_name
+    if run_dir.exists() and not args.resume:
+        fail(f"--run-name {args.run_name}: {run_dir} exists; take another name, or add --resume to go on with it")
+    if run_dir.exists() and not run_dir.is_dir() or args.runs_dir.exists() and not args.runs_dir.is_dir():
+        fail(f"--runs-dir {args.runs_dir}: {run_dir} must be a folder")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track: Weights & Biases is not installed; pip install wandb")
+    check_room(args, run_dir)
+
+
+def check_room(args: Args, run_dir: Path) -> None:
+    """The replay memory must fit on the disk, where checkpoints are written, else in memory."""
+    needed = sum(replay_size(args)) * FRAME_SIZE**2
+    if args.checkpoint_frequency:
+        folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+        if not os.access(folder, os.W_OK):
+            fail(f"--runs-dir {args.runs_dir}: {folder} is not writable")
+        replay = run_dir / REPLAY_FILE
+        there = replay.stat().st_blocks * 512 if replay.exists() else 0
+        where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free + there
+    else:
+        where, free = "of memory", available_memory()
+    if needed > free:
+        fail(
+            f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB {where} are free; "
+            f"--buffer-size {max(0, int(args.buffer_size * free * 0.9 / needed))} would fit"
+        )
+
+
+def available_memory() -> float:
+    """Bytes that a process may still take, where the system tells (Linux); else infinity."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return math.inf
+    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+
+
+def evaluate_model(args: Args) -> None:
+    """Plays with the weights of a model.pt, in the game that it was trained on."""
+    content = load(args.evaluate, "--evaluate")
+    trained = content.get("args", {})
+    if args.env_id not in (Args.env_id, trained.get("env_id")):
+        fail(f"--env-id {args.env_id}: {args.evaluate} was trained on {trained.get('env_id')}")
+    device, dtype = choose_device(args)
+    try:
+        q_network = QNetwork(content["n_actions"])
+        q_network.load_state_dict(content["weights"])
+    except (KeyError, RuntimeError):
+        fail(f"--evaluate: {args.evaluate} is no model.pt of {SCRIPT}.py")
+    sticky_actions = args.sticky_actions or trained["sticky_actions"]
+    args = dataclasses.replace(args, env_id=trained["env_id"], sticky_actions=sticky_actions)
+    check_env_id(args.env_id)
+    returns = evaluate(args, q_network.to(device, dtype), args.evaluate.parent / "videos")
+    print(f"{args.env_id}: mean score {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+
+
+def parse_args() -> Args:
+    parser = tyro.extras.get_parser(Args)
+    parser.error = fail
+    return Args(**vars(parser.parse_args()))
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    check_args(args)
+    if args.evaluate:
+        if args.eval_episodes == 0:
+            fail("--eval-episodes 0: must be greater than 0 with --evaluate")
+        return evaluate_model(args)
+    if args.resume and not args.run_name:
+        fail("--resume: give the --run-name of the run to go on with")
+    if not args.run_name:
+        args.run_name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    check_training(args)
+    if (args.runs_dir / args.run_name / "result.json").exists():
+        (args.runs_dir / args.run_name / REPLAY_FILE).unlink(missing_ok=True)
+        return print(f"{args.runs_dir / args.run_name} is finished; its result.json stands")
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+        if "--run-name" not in flags:
+            flags += ["--run-name", args.run_name]
+        print(f"\nstopped; go on with: python {shlex.join([sys.argv[0], *flags, '--resume'])}")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
