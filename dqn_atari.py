@@ -273,9 +273,9 @@ class QNetwork(nn.Module):
 
 
 def greedy_action(q_network: QNetwork, obs: torch.Tensor) -> int:
-    """argmax_a Q(obs, a) for one observation, uint8 (1, 4, 84, 84)."""
+    """argmax_a Q(obs, a) for one observation, uint8 (1, 4, 84, 84) on the network's device."""
     with torch.inference_mode():
-        return int(q_network(obs.to(next(q_network.parameters()).device)).argmax())
+        return int(q_network(obs).argmax())
 
 
 # --- Replay memory ----------------------------------------------------------------------------------------------------
@@ -388,12 +388,18 @@ class ReplayMemory:
 def td_targets(
     reward: torch.Tensor, terminated: torch.Tensor, next_q_values: torch.Tensor, gamma: float
 ) -> torch.Tensor:
-    """y = r + gamma max_a' Q-(s', a'), and y = r at a terminal state: (batch,), (batch,), (batch, actions) to (batch,)."""
+    """y = r + gamma max_a' Q-(s', a'), but y = r at a terminal state: float32 (batch,).
+
+    reward and terminated: float32 (batch,); next_q_values: (batch, actions) of the target network.
+    """
     return reward + gamma * (1 - terminated) * next_q_values.float().max(dim=1).values
 
 
 def td_loss(q_values: torch.Tensor, action: torch.Tensor, td_target: torch.Tensor, loss: str) -> torch.Tensor:
-    """Mean over the batch of (y - Q(s, a))^2, or of its Huber variant: (batch, actions), (batch,), (batch,) to ()."""
+    """The mean over the batch of (y - Q(s, a))^2 ("mse"), or of half of it with slope 1 from an error of 1 on ("huber").
+
+    q_values: (batch, actions); action: int64 (batch,); td_target: float32 (batch,).
+    """
     q_value = q_values.gather(1, action[:, None]).squeeze(1).float()
     return F.mse_loss(q_value, td_target) if loss == "mse" else F.smooth_l1_loss(q_value, td_target)
 
@@ -430,6 +436,10 @@ def save(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "posix":  # the new name too must survive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load(path: Path, flag: str) -> dict:
@@ -475,12 +485,11 @@ def load_checkpoint(args: Args) -> dict | None:
     if not (args.resume and (run_dir / "checkpoint.pt").exists()):
         return None
     checkpoint = load(run_dir / "checkpoint.pt", "--resume")
-    free = ("resume", "runs_dir", "device", "eval_episodes", "evaluate", "capture_video", "track")
+    may_differ = {"resume", "runs_dir", "device", "eval_episodes", "evaluate", "capture_video", "track"}
     for name, value in plain(args).items():
-        if value != checkpoint["args"].get(name) and name not in free and not name.startswith("wandb"):
-            fail(
-                f"--{name.replace('_', '-')} {value}: {run_dir} was started with {checkpoint['args'].get(name)}; give the same flags"
-            )
+        started = checkpoint["args"].get(name)
+        if value != started and name not in may_differ and not name.startswith("wandb"):
+            fail(f"--{name.replace('_', '-')} {value}: {run_dir} was started with {started}; give the same flags")
     replay = run_dir / REPLAY_FILE
     if not replay.exists() or replay.stat().st_size != sum(replay_size(args)) * FRAME_SIZE**2:
         fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
@@ -671,8 +680,9 @@ def train(args: Args) -> None:
             step % args.checkpoint_frequency == 0 or spare_used or stop_signals or last
         )
         if step % LOG_FREQUENCY == 0 or save_now:
-            if loss is not None and not math.isfinite(loss.item()):
-                fail(f"the loss is {loss.item()} at step {step:,}; lower --learning-rate. The last checkpoint is kept.")
+            if loss is not None and not (loss.isfinite() and all(weight.isfinite().all() for weight in weights)):
+                writer.close()
+                fail(f"the loss is {loss.item()} at step {step:,}: lower --learning-rate; the last checkpoint is kept")
             now = time.perf_counter()
             sps = (step - tick_step) / (now - tick_time)
             if tick_step >= args.learning_starts:
@@ -811,15 +821,15 @@ def check_training(args: Args) -> None:
     run_dir = args.runs_dir / args.run_name
     if run_dir.exists() and not args.resume:
         fail(f"--run-name {args.run_name}: {run_dir} exists; take another name, or add --resume to go on with it")
-    if run_dir.exists() and not run_dir.is_dir() or args.runs_dir.exists() and not args.runs_dir.is_dir():
-        fail(f"--runs-dir {args.runs_dir}: {run_dir} must be a folder")
+    if any(path.exists() and not path.is_dir() for path in (args.runs_dir, run_dir)):
+        fail(f"--runs-dir {args.runs_dir}: {run_dir} is no folder")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: Weights & Biases is not installed; pip install wandb")
     check_room(args, run_dir)
 
 
 def check_room(args: Args, run_dir: Path) -> None:
-    """The replay memory must fit on the disk, where checkpoints are written, else in memory."""
+    """The replay memory must fit on the disk if checkpoints are written, else in memory."""
     needed = sum(replay_size(args)) * FRAME_SIZE**2
     if args.checkpoint_frequency:
         folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
@@ -864,12 +874,6 @@ def evaluate_model(args: Args) -> None:
     print(f"{args.env_id}: mean score {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
 
 
-def parse_args() -> Args:
-    parser = tyro.extras.get_parser(Args)
-    parser.error = fail
-    return Args(**vars(parser.parse_args()))
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     check_args(args)
@@ -891,7 +895,8 @@ def main() -> None:
         flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
         if "--run-name" not in flags:
             flags += ["--run-name", args.run_name]
-        print(f"\nstopped; go on with: python {shlex.join([sys.argv[0], *flags, '--resume'])}")
+        command = f"python {shlex.join([sys.argv[0], *flags, '--resume'])}"
+        print(f"\nstopped; go on with: {command}" if args.checkpoint_frequency else "\nstopped, without a checkpoint")
         raise SystemExit(130) from None
 
 
