@@ -20,13 +20,14 @@ Deep Q-learning with experience replay. The numbers stand again in `train`, wher
 
 Differs from the paper:
 - Adam on the squared error, a shorter exploration and a faster target network by default, because they learn from
-  fewer frames; the README has the command line with the paper's own settings.
-- The paper clips the error to [-1, 1] (`--loss huber` here) and sums gradients over the batch; here they are averaged.
-- A step is one agent decision, four emulator frames; the paper also counts in frames.
+  fewer frames. The README gives the command line with the paper's own settings: its centred RMSProp, its error clipped
+  to [-1, 1] (`--loss huber`), and its gradients, summed over the batch, translated to the averaged ones here.
+- All steps are agent steps of four emulator frames; the paper gives the length of a run and of exploration in frames.
 - The end by a time limit is no terminal state: its target bootstraps. The paper's code treats it as the game's end.
 - The lecture's slide prints 32 filters in the second convolution and a softmax output. The paper has 64 filters and
   a linear output (Q-values are no probabilities), and so has this script.
-- On processors with bfloat16 instructions the network computes in bfloat16 on float32 weights (`--precision`).
+- On processors with bfloat16 instructions the layers before the last compute in bfloat16, on float32 weights
+  (`--precision`).
 """
 
 # /// script
@@ -55,6 +56,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,6 +70,11 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked
+    fcntl = None
+
 SCRIPT = Path(__file__).stem
 FRAME_SIZE = 84  # pixels; a preprocessed screen is 84 x 84 grey levels
 STACK = 4  # screens in one observation
@@ -77,7 +84,7 @@ EVAL_EPSILON = 0.05
 EVAL_MAX_FRAMES = 18_000  # emulator frames of an evaluation game: five minutes at 60 Hz
 LOG_FREQUENCY = 400  # agent steps between two records of losses and speed
 REPLAY_FILE = "replay.frames"
-SCREEN = {"frameskip": 1, "obs_type": "grayscale"}  # the raw emulator; this script repeats and stacks by itself
+RAW_SCREENS = {"frameskip": 1, "obs_type": "grayscale"}  # of Gymnasium's Atari environments; the rest is done here
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -93,8 +100,8 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or mps; auto takes cuda or mps where there is one"""
     precision: str = "auto"
-    """float32, bfloat16 (of the network's arithmetic; the weights stay float32), or auto: bfloat16 on a CPU that has
-    instructions for it, else float32"""
+    """arithmetic of the layers before the last: float32, bfloat16, or auto, which is bfloat16 on a CPU that has
+    instructions for it and float32 elsewhere; the weights are float32 in any case"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""
@@ -102,13 +109,14 @@ class Args:
     resume: bool = False
     """go on from the checkpoint of --run-name; start the run where there is none"""
     checkpoint_frequency: int = 100_000
-    """agent steps between two checkpoints; 0 switches them off"""
+    """agent steps between two checkpoints, at most (earlier where the spare places of the replay memory, a 32nd part of
+    it, are used up); 0 switches them off"""
     eval_episodes: int = 10
     """games to play for evaluation after training"""
     evaluate: Path | None = None
     """a model.pt to evaluate, instead of training"""
     capture_video: bool = False
-    """record the games of the evaluation as mp4"""
+    """record the games of the evaluation as mp4 (a game of five minutes takes 2 GB of memory until it is written)"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "deep-rl-reference-scripts"
@@ -126,13 +134,13 @@ class Args:
     learning_rate: float = 1e-4
     """learning rate of the optimizer"""
     optimizer: str = "adam"
-    """adam, or rmsprop (centred, decay 0.95, as in the paper)"""
+    """adam, or rmsprop (the paper's: centred, decay 0.95)"""
     optimizer_eps: float = 1e-8
-    """epsilon that the optimizer adds to its denominator"""
+    """epsilon in the optimizer's denominator: added to the root by adam, under the root by rmsprop"""
     loss: str = "mse"
     """mse, or huber (its gradient is the paper's error clipped to [-1, 1])"""
     buffer_size: int = 1_000_000
-    """screens that the replay memory holds (7,056 bytes each)"""
+    """screens in the replay memory, 7,056 bytes each: one a transition, and one more a game"""
     gamma: float = 0.99
     """discount factor"""
     target_network_frequency: int = 1_000
@@ -165,7 +173,7 @@ def fail(message: str) -> NoReturn:
 # --- Environment ------------------------------------------------------------------------------------------------------
 
 
-def area_taps(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """How to shrink an axis of `size` pixels to `new_size` by area.
 
     A new pixel covers size / new_size old ones and is their mean, those at its edges counted by the part covered. For
@@ -173,12 +181,12 @@ def area_taps(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """
     scale = size / new_size
     start = np.arange(new_size) * scale
-    taps = []
-    for touched in range(math.ceil(scale) + 1):
-        index = np.floor(start + 1e-9).astype(np.int64) + touched
+    touched = []
+    for offset in range(math.ceil(scale) + 1):
+        index = np.floor(start + 1e-9).astype(np.int64) + offset
         covered = np.minimum(index + 1, start + scale) - np.maximum(index, start)
-        taps.append((np.minimum(index, size - 1), (covered.clip(0) / scale).astype(np.float32)))
-    return taps
+        touched.append((np.minimum(index, size - 1), (covered.clip(0) / scale).astype(np.float32)))
+    return touched
 
 
 class AtariPreprocessing(gym.Wrapper):
@@ -188,15 +196,17 @@ class AtariPreprocessing(gym.Wrapper):
     the maximum of the last two screens, which removes the flicker of sprites drawn on every other frame. Both give one
     screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
 
-    The no-ops are drawn from `rng`, a NumPy generator that the caller may share.
+    The no-ops are drawn from `rng`, a NumPy generator that the caller may share. Two games (Backgammon, VideoCheckers)
+    know no no-op and start without.
     """
 
     def __init__(self, env: gym.Env, rng: np.random.Generator):
         super().__init__(env)
         self.rng = rng
+        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0
         height, width = env.observation_space.shape
         self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE), np.uint8)
-        self.rows, self.columns = area_taps(height, FRAME_SIZE), area_taps(width, FRAME_SIZE)
+        self.rows, self.columns = area_weights(height, FRAME_SIZE), area_weights(width, FRAME_SIZE)
 
     def shrink(self, screen: np.ndarray) -> np.ndarray:
         rows = sum(weight[:, None] * screen[index] for index, weight in self.rows)
@@ -204,14 +214,20 @@ class AtariPreprocessing(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         screen, info = self.env.reset(seed=seed, options=options)
-        for _ in range(self.rng.integers(NOOP_MAX + 1)):
+        self.start = self.unwrapped.clone_state(include_rng=True)
+        self.noops, self.actions = int(self.rng.integers(self.noop_max + 1)), []
+        return self.play_noops(screen, info)
+
+    def play_noops(self, screen: np.ndarray, info: dict) -> tuple[np.ndarray, dict]:
+        for _ in range(self.noops):
             screen, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
-                screen, info = self.env.reset(options=options)
+                screen, info = self.env.reset()
         self.lives = info["lives"]
         return self.shrink(screen), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.actions.append(action)
         total_reward, screen = 0.0, None
         for _ in range(ACTION_REPEAT):
             previous = screen
@@ -225,24 +241,32 @@ class AtariPreprocessing(gym.Wrapper):
         return self.shrink(screen), total_reward, terminated, truncated, info
 
     def get_state(self) -> dict:
-        """The emulator's whole state, its random numbers included, in types that a weights-only load admits."""
-        return {"emulator": self.unwrapped.clone_state(include_rng=True).__getstate__(), "lives": self.lives}
+        """The emulator's state at the start of this game and what was played since, for a weights-only load.
+
+        The state now would not do: ALE leaves out the action that sticky actions repeat, and in two games (Qbert,
+        Tetris) a part of the screen.
+        """
+        return {"start": self.start.__getstate__(), "noops": self.noops, "actions": self.actions}
 
     def set_state(self, state: dict) -> None:
-        self.env.reset()
-        self.unwrapped.restore_state(ale_py.ALEState(state["emulator"]))
-        self.lives = state["lives"]
+        """Plays the game again from its start: some seconds at most, for a game of half an hour."""
+        screen, info = self.env.reset()
+        self.start, self.noops, self.actions = ale_py.ALEState(state["start"]), state["noops"], []
+        self.unwrapped.restore_state(self.start)
+        self.play_noops(screen, info)
+        for action in state["actions"]:
+            self.step(action)
 
 
 def make_env(args: Args, rng: np.random.Generator) -> gym.Env:
-    return AtariPreprocessing(gym.make(args.env_id, repeat_action_probability=args.sticky_actions, **SCREEN), rng)
+    return AtariPreprocessing(gym.make(args.env_id, repeat_action_probability=args.sticky_actions, **RAW_SCREENS), rng)
 
 
 def make_eval_env(args: Args, rng: np.random.Generator, video_dir: Path) -> gym.Env:
     limits = {"max_num_frames_per_episode": EVAL_MAX_FRAMES, "repeat_action_probability": args.sticky_actions}
     if not args.capture_video:
-        return AtariPreprocessing(gym.make(args.env_id, **limits, **SCREEN), rng)
-    env = gym.make(args.env_id, render_mode="rgb_array", **limits, **SCREEN)
+        return AtariPreprocessing(gym.make(args.env_id, **limits, **RAW_SCREENS), rng)
+    env = gym.make(args.env_id, render_mode="rgb_array", **limits, **RAW_SCREENS)
     env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, fps=60, disable_logger=True)
     return AtariPreprocessing(env, rng)
 
@@ -251,11 +275,15 @@ def make_eval_env(args: Args, rng: np.random.Generator, video_dir: Path) -> gym.
 
 
 class QNetwork(nn.Module):
-    """The paper's network: uint8 (batch, 4, 84, 84) to action values (batch, n_actions), in its weights' precision."""
+    """The paper's network: observations, uint8 (batch, 4, 84, 84), to action values, float32 (batch, n_actions).
+
+    `features` may compute in bfloat16. The last layer stays float32: action values often differ by less than bfloat16
+    can tell apart, and the greedy action would be a tie.
+    """
 
     def __init__(self, n_actions: int):
         super().__init__()
-        self.network = nn.Sequential(
+        self.features = nn.Sequential(
             nn.Conv2d(STACK, 32, kernel_size=8, stride=4),
             nn.ReLU(inplace=True),
             nn.Conv2d(32, 64, kernel_size=4, stride=2),
@@ -265,11 +293,12 @@ class QNetwork(nn.Module):
             nn.Flatten(),
             nn.Linear(64 * 7 * 7, 512),
             nn.ReLU(inplace=True),
-            nn.Linear(512, n_actions),
         )
+        self.q_values = nn.Linear(512, n_actions)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.network(obs.to(self.network[0].weight.dtype).div_(255))
+        features = self.features(obs.to(self.features[0].weight.dtype).div_(255))
+        return self.q_values(features.float())
 
 
 def greedy_action(q_network: QNetwork, obs: torch.Tensor) -> int:
@@ -289,7 +318,8 @@ class ReplayMemory:
     action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
 
     With a `path` the screens lie in a memory-mapped file of capacity + spare places. What `state_dict` refers to stays
-    in the file untouched until `spare` further screens have come, so a checkpoint need not copy it.
+    in the file untouched until `spare` further screens have come, so a checkpoint need not copy it. An agent step
+    stores one screen, two where an episode ends.
     """
 
     def __init__(
@@ -302,7 +332,7 @@ class ReplayMemory:
             self.frames = np.zeros(shape, np.uint8)
         else:
             self.file = np.memmap(path, np.uint8, mode="r+" if path.exists() else "w+", shape=shape)
-            self.frames = np.asarray(self.file)
+            self.frames = np.asarray(self.file)  # the same memory, without np.memmap's cost at every indexing
         self.action = np.zeros(self.slots, np.uint8)
         self.reward = np.zeros(self.slots, np.float32)
         self.terminated = np.zeros(self.slots, bool)
@@ -310,7 +340,7 @@ class ReplayMemory:
         self.age = np.zeros(self.slots, np.uint8)
         self.count = 0  # screens ever stored; the newest lies at (count - 1) % slots
 
-    def begin(self, frame: np.ndarray) -> None:
+    def begin_episode(self, frame: np.ndarray) -> None:
         """Stores the first screen of an episode, uint8 (84, 84)."""
         self._push(frame, age=0)
 
@@ -355,7 +385,7 @@ class ReplayMemory:
         obs uint8 (batch, 4, 84, 84), action int64 (batch,), reward float32 (batch,), next_obs like obs, terminated
         float32 (batch,), 1 where the target must not bootstrap.
         """
-        oldest = max(0, self.count - self.capacity + STACK - 1)
+        oldest = self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
         position = self.rng.integers(oldest, self.count - 1, batch_size)
         while not (drawable := self.acted[position % self.slots]).all():
             position[~drawable] = self.rng.integers(oldest, self.count - 1, (~drawable).sum())
@@ -392,26 +422,46 @@ def td_targets(
 
     reward and terminated: float32 (batch,); next_q_values: (batch, actions) of the target network.
     """
-    return reward + gamma * (1 - terminated) * next_q_values.float().max(dim=1).values
+    return reward + gamma * (1 - terminated) * next_q_values.max(dim=1).values
 
 
-def td_loss(q_values: torch.Tensor, action: torch.Tensor, td_target: torch.Tensor, loss: str) -> torch.Tensor:
-    """The mean over the batch of (y - Q(s, a))^2 ("mse"), or of half of it with slope 1 from an error of 1 on ("huber").
+def td_loss(q_value: torch.Tensor, td_target: torch.Tensor, loss: str) -> torch.Tensor:
+    """Mean over the batch of (y - Q(s, a))^2 ("mse"), or of half of it with slope 1 from an error of 1 on ("huber").
 
-    q_values: (batch, actions); action: int64 (batch,); td_target: float32 (batch,).
+    q_value (of the action taken) and td_target: float32 (batch,).
     """
-    q_value = q_values.gather(1, action[:, None]).squeeze(1).float()
     return F.mse_loss(q_value, td_target) if loss == "mse" else F.smooth_l1_loss(q_value, td_target)
 
 
+class RMSprop(torch.optim.Optimizer):
+    """The paper's RMSProp: w -= lr g / sqrt(v - m^2 + eps), m and v running means of g and g^2.
+
+    PyTorch's centred one adds eps outside the root, where rounding can leave v - m^2 negative.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], lr: float, eps: float, decay: float = 0.95):
+        super().__init__(weights, {"lr": lr, "eps": eps, "decay": decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state, grad = self.state[weight], weight.grad
+                if not state:
+                    state["m"], state["v"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                m = state["m"].lerp_(grad, 1 - group["decay"])
+                v = state["v"].lerp_(grad**2, 1 - group["decay"])
+                weight.addcdiv_(grad, (v - m**2 + group["eps"]).sqrt_(), value=-group["lr"])
+
+
 def gradient_step(
-    loss: torch.Tensor, q_network: QNetwork, weights: list[torch.Tensor], optimizer: torch.optim.Optimizer
+    loss: torch.Tensor, q_network: nn.Module, weights: list[torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """One optimizer step on the float32 `weights`, of which the network's parameters are a copy in its precision."""
+    """One optimizer step on the float32 `weights`, of which the network's parameters are copies in their precision."""
     q_network.zero_grad()
     loss.backward()
     for weight, parameter in zip(weights, q_network.parameters(), strict=True):
-        weight.grad.copy_(parameter.grad)
+        weight.grad = parameter.grad.float()
     optimizer.step()
     for weight, parameter in zip(weights, q_network.parameters(), strict=True):
         parameter.data.copy_(weight)
@@ -442,17 +492,27 @@ def save(path: Path, content: dict) -> None:
         os.close(folder)
 
 
-def load(path: Path, flag: str) -> dict:
-    """Reads a .pt file that `save` wrote, tensors and plain types only; a file that is none ends the program."""
+def load(path: Path, flag: str, kind: str) -> dict:
+    """Reads a "model" or "checkpoint" that `save` wrote, tensors and plain types only; all else ends the program."""
     if not path.is_file():
         fail(f"{flag}: there is no file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
-        fail(f"{flag}: {path} is damaged or no file of this script ({type(error).__name__})")
-    if not isinstance(content, dict) or content.get("script") != SCRIPT:
-        fail(f"{flag}: {path} is no file of {SCRIPT}.py")
+        fail(f"{flag}: {path} is damaged or not written by {SCRIPT}.py ({type(error).__name__})")
+    if not isinstance(content, dict) or (content.get("script"), content.get("kind")) != (SCRIPT, kind):
+        fail(f"{flag}: {path} is no {kind} of {SCRIPT}.py")
     return content
+
+
+def lock(run_dir: Path) -> None:
+    """Ends the program if another process trains in this folder; the lock goes with the process."""
+    if fcntl:
+        try:
+            fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--run-name {run_dir.name}: another process is training in {run_dir}")
 
 
 def evaluate(args: Args, q_network: QNetwork, video_dir: Path) -> list[float]:
@@ -484,8 +544,8 @@ def load_checkpoint(args: Args) -> dict | None:
     run_dir = args.runs_dir / args.run_name
     if not (args.resume and (run_dir / "checkpoint.pt").exists()):
         return None
-    checkpoint = load(run_dir / "checkpoint.pt", "--resume")
-    may_differ = {"resume", "runs_dir", "device", "eval_episodes", "evaluate", "capture_video", "track"}
+    checkpoint = load(run_dir / "checkpoint.pt", "--resume", "checkpoint")
+    may_differ = {"resume", "runs_dir", "run_name", "device", "eval_episodes", "evaluate", "capture_video", "track"}
     for name, value in plain(args).items():
         started = checkpoint["args"].get(name)
         if value != started and name not in may_differ and not name.startswith("wandb"):
@@ -514,13 +574,19 @@ def choose_device(args: Args) -> tuple[torch.device, torch.dtype]:
 def make_optimizer(args: Args, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
     if args.optimizer == "adam":
         return torch.optim.Adam(weights, lr=args.learning_rate, eps=args.optimizer_eps, fused=True)
-    return torch.optim.RMSprop(weights, lr=args.learning_rate, alpha=0.95, eps=args.optimizer_eps, centered=True)
+    return RMSprop(weights, lr=args.learning_rate, eps=args.optimizer_eps)
 
 
 def replay_size(args: Args) -> tuple[int, int]:
-    """Screens that the replay memory draws from, and spare places for those that come between two checkpoints."""
-    capacity = min(args.buffer_size, 2 * args.total_timesteps + 1)  # a step stores two screens at most
-    return capacity, 11 * args.checkpoint_frequency // 10 + 2 if args.checkpoint_frequency else 0
+    """Screens that the replay memory draws from, and spare places for those that come between two checkpoints.
+
+    The spare places are a tenth more than checkpoints are apart, for the games that end, but no more than a 32nd of the
+    memory; when they are used up a checkpoint comes early.
+    """
+    capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
+    if args.checkpoint_frequency == 0:
+        return capacity, 0
+    return capacity, min(11 * args.checkpoint_frequency // 10, max(capacity // 32, 1000)) + 2
 
 
 @dataclasses.dataclass
@@ -536,19 +602,39 @@ class Progress:
     update_seconds: float = 0.0
 
 
-def show_progress(args: Args, progress: Progress, sps: float) -> None:
-    """A bar that redraws itself on a terminal, a plain line elsewhere."""
-    step, total = progress.global_step, args.total_timesteps
-    score = f"{np.mean(progress.recent_returns):.1f}" if progress.recent_returns else "-"
-    minutes = (total - step) / sps / 60
-    line = (
-        f"step {step:,}/{total:,}  return {score}  {sps:.0f} steps/s  {minutes // 60:.0f}:{minutes % 60:02.0f} h left"
-    )
-    if sys.stdout.isatty():
-        filled = 24 * step // total
-        print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\033[K", end="\n" if step == total else "", flush=True)
-    else:
-        print(line, flush=True)
+class Clock:
+    """Keeps the time in a run's progress, and shows both: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, progress: Progress, start_time: float):
+        self.progress, self.start_time = progress, start_time
+        self.wall_seconds_before = progress.wall_seconds
+        self.last_time, self.last_step, self.last_shown = time.perf_counter(), progress.global_step, -math.inf
+        self.sps = 0.0
+
+    def tick(self, learning_starts: int) -> None:
+        """Updates the steps per second since the last tick, and the totals."""
+        now, step = time.perf_counter(), self.progress.global_step
+        steps, seconds = step - self.last_step, now - self.last_time
+        self.sps = steps / seconds
+        if self.last_step >= learning_starts:
+            self.progress.update_steps += steps
+            self.progress.update_seconds += seconds
+        self.progress.wall_seconds = self.wall_seconds_before + now - self.start_time
+        self.last_time, self.last_step = now, step
+
+    def show(self, total: int) -> None:
+        terminal, step, returns = sys.stdout.isatty(), self.progress.global_step, self.progress.recent_returns
+        if self.last_time - self.last_shown < (1 if terminal else 60) and step < total:
+            return
+        self.last_shown = self.last_time
+        hours, minutes = divmod(int((total - step) / self.sps / 60), 60)
+        score = f"{np.mean(returns):.1f}" if returns else "-"
+        line = f"step {step:,}/{total:,}  return {score}  {self.sps:.0f} steps/s  {hours}:{minutes:02} h left"
+        if terminal:
+            filled = 24 * step // total
+            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\033[K", end="" if step < total else "\n", flush=True)
+        else:
+            print(line, flush=True)
 
 
 def log_hyperparameters(writer: SummaryWriter, args: Args) -> None:
@@ -563,12 +649,13 @@ def log_hyperparameters(writer: SummaryWriter, args: Args) -> None:
 def train(args: Args) -> None:
     """Trains as the listing above says; leaves curves, weights and a result in the run's folder.
 
-    Raises KeyboardInterrupt, a checkpoint written, when SIGINT or SIGTERM asks to stop.
+    Raises KeyboardInterrupt, with a checkpoint written, when SIGINT or SIGTERM asks to stop.
     """
     start_time = time.perf_counter()
+    device, dtype = choose_device(args)
+    args = dataclasses.replace(args, precision=str(dtype).removeprefix("torch."))
     run_dir = args.runs_dir / args.run_name
     checkpoint = load_checkpoint(args)
-    device, dtype = choose_device(args)
     torch.backends.cudnn.deterministic = True
     torch.set_flush_denormal(True)  # Adam's moments decay into denormals where gradients vanish: 2.7 to 1.2 ms a step
     torch.manual_seed(args.seed)
@@ -576,6 +663,7 @@ def train(args: Args) -> None:
     env = make_env(args, rng)
     n_actions = int(env.action_space.n)
     run_dir.mkdir(parents=True, exist_ok=args.resume)
+    lock(run_dir)
     if not checkpoint:
         (run_dir / REPLAY_FILE).unlink(missing_ok=True)
         save(run_dir / "args.json", plain(args))
@@ -590,9 +678,7 @@ def train(args: Args) -> None:
     # 2: initialise action-value network Q with random weights
     q_network = QNetwork(n_actions).to(device)
     weights = [parameter.detach().clone() for parameter in q_network.parameters()]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    q_network.to(dtype)
+    q_network.features.to(dtype)
     optimizer = make_optimizer(args, weights)
     # 3: initialise target network Q- with the weights of Q
     target_network = copy.deepcopy(q_network).requires_grad_(False)
@@ -600,6 +686,7 @@ def train(args: Args) -> None:
     def snapshot() -> dict:
         return {
             "script": SCRIPT,
+            "kind": "checkpoint",
             "args": plain(args),
             "progress": dataclasses.asdict(progress),
             "weights": weights,
@@ -624,10 +711,10 @@ def train(args: Args) -> None:
         progress = Progress()
         log_hyperparameters(writer, args)
         frame, _ = env.reset(seed=args.seed)
-        memory.begin(frame)
-    wall_seconds_before, checkpoint_count = progress.wall_seconds, memory.count
-    tick_time, tick_step, shown_time = time.perf_counter(), progress.global_step, 0.0
-    loss = q_values = None
+        memory.begin_episode(frame)
+    clock = Clock(progress, start_time)
+    checkpoint_count = memory.count
+    loss = q_value = None
     stop_signals = []
 
     def request_stop(signum: int, _: object) -> None:
@@ -656,7 +743,7 @@ def train(args: Args) -> None:
             writer.add_scalar("charts/episodic_length", progress.episodic_length, step)
             progress.episodic_return, progress.episodic_length = 0.0, 0
             frame, _ = env.reset()
-            memory.begin(frame)
+            memory.begin_episode(frame)
 
         if step >= args.learning_starts and step % args.train_frequency == 0:
             # 8: sample a minibatch
@@ -665,45 +752,36 @@ def train(args: Args) -> None:
             with torch.no_grad():
                 td_target = td_targets(rewards, terminals, target_network(next_obs), args.gamma)
             # 10: one gradient step
-            q_values = q_network(obs)
-            loss = td_loss(q_values, actions, td_target, args.loss)
+            q_value = q_network(obs).gather(1, actions[:, None]).squeeze(1)
+            loss = td_loss(q_value, td_target, args.loss)
             gradient_step(loss, q_network, weights, optimizer)
 
         # 11: every C steps Q- = Q
         if step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
 
-        # The rest keeps the books: curves, progress, checkpoints.
-        last = step == args.total_timesteps
-        spare_used = memory.count - checkpoint_count + 2 > memory.slots - memory.capacity  # a step stores two at most
-        save_now = args.checkpoint_frequency and (
-            step % args.checkpoint_frequency == 0 or spare_used or stop_signals or last
+        # The rest keeps the books.
+        stopping, last = bool(stop_signals), step == args.total_timesteps
+        room = memory.slots - memory.capacity - (memory.count - checkpoint_count)
+        save_now = args.checkpoint_frequency > 0 and (
+            step % args.checkpoint_frequency == 0 or room < 2 or stopping or last
         )
-        if step % LOG_FREQUENCY == 0 or save_now:
+        if step % LOG_FREQUENCY == 0 or save_now or last:
             if loss is not None and not (loss.isfinite() and all(weight.isfinite().all() for weight in weights)):
                 writer.close()
-                fail(f"the loss is {loss.item()} at step {step:,}: lower --learning-rate; the last checkpoint is kept")
-            now = time.perf_counter()
-            sps = (step - tick_step) / (now - tick_time)
-            if tick_step >= args.learning_starts:
-                progress.update_steps += step - tick_step
-                progress.update_seconds += now - tick_time
-            progress.wall_seconds = wall_seconds_before + now - start_time
-            tick_time, tick_step = now, step
-            if step % LOG_FREQUENCY == 0:
+                fail(f"the loss is {loss.item()} by step {step:,}; try a lower --learning-rate")
+            clock.tick(args.learning_starts)
+            if step % LOG_FREQUENCY == 0 and loss is not None:
+                writer.add_scalar("losses/td_loss", loss.item(), step)
+                writer.add_scalar("losses/q_values", q_value.mean().item(), step)
                 writer.add_scalar("charts/epsilon", epsilon, step)
-                writer.add_scalar("charts/SPS", sps, step)
-                if loss is not None:
-                    writer.add_scalar("losses/td_loss", loss.item(), step)
-                    writer.add_scalar("losses/q_values", q_values.mean().item(), step)
-            if now - shown_time > (1 if sys.stdout.isatty() else 60) or last:
-                shown_time = now
-                show_progress(args, progress, sps)
+                writer.add_scalar("charts/SPS", clock.sps, step)
+            clock.show(args.total_timesteps)
         if save_now:
             writer.flush()
             save(run_dir / "checkpoint.pt", snapshot())
             checkpoint_count = memory.count
-        if stop_signals:
+        if stopping:
             break
 
     for signum, handler in previous_handlers.items():
@@ -712,9 +790,9 @@ def train(args: Args) -> None:
         writer.close()
         raise KeyboardInterrupt
 
-    names = [name for name, _ in q_network.named_parameters()]
-    model = dict(zip(names, weights, strict=True))
-    save(run_dir / "model.pt", {"script": SCRIPT, "args": plain(args), "n_actions": n_actions, "weights": model})
+    model = {name: weight for (name, _), weight in zip(q_network.named_parameters(), weights, strict=True)}
+    content = {"script": SCRIPT, "kind": "model", "args": plain(args), "n_actions": n_actions, "weights": model}
+    save(run_dir / "model.pt", content)
     returns = evaluate(args, q_network, run_dir / "videos")
     if returns:
         writer.add_scalar("eval/episodic_return", np.mean(returns), args.total_timesteps)
@@ -731,9 +809,9 @@ def train(args: Args) -> None:
             "eval_return_std": float(np.std(returns)) if returns else None,
             "eval_episodes": args.eval_episodes,
             "steps_per_second": progress.update_steps / progress.update_seconds if progress.update_steps else None,
-            "wall_seconds": wall_seconds_before + time.perf_counter() - start_time,
+            "wall_seconds": clock.wall_seconds_before + time.perf_counter() - start_time,
             "device": device.type,
-            "precision": str(dtype).removeprefix("torch."),
+            "precision": args.precision,
             "torch_threads": torch.get_num_threads(),
             "versions": {module.__name__: module.__version__ for module in (torch, np, gym, ale_py)}
             | {"python": platform.python_version()},
@@ -784,6 +862,8 @@ def check_args(args: Args) -> None:
     ):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if args.seed >= 2**63:
+        fail(f"--seed {args.seed}: must be under 2^63")
     for name in ("seed", "checkpoint_frequency", "eval_episodes"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
@@ -819,23 +899,23 @@ def check_training(args: Args) -> None:
     if args.learning_starts > args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts}: must not exceed --total-timesteps {args.total_timesteps}")
     run_dir = args.runs_dir / args.run_name
+    if Path(args.run_name).name != args.run_name or args.run_name == "..":
+        fail(f"--run-name {args.run_name}: must be a plain name, for a folder in --runs-dir {args.runs_dir}")
+    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        fail(f"--runs-dir {args.runs_dir}: {folder} is no folder that can be written to")
     if run_dir.exists() and not args.resume:
         fail(f"--run-name {args.run_name}: {run_dir} exists; take another name, or add --resume to go on with it")
-    if any(path.exists() and not path.is_dir() for path in (args.runs_dir, run_dir)):
-        fail(f"--runs-dir {args.runs_dir}: {run_dir} is no folder")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
         fail("--track: Weights & Biases is not installed; pip install wandb")
-    check_room(args, run_dir)
+    check_room(args, run_dir / REPLAY_FILE, folder)
 
 
-def check_room(args: Args, run_dir: Path) -> None:
+def check_room(args: Args, replay: Path, folder: Path) -> None:
     """The replay memory must fit on the disk if checkpoints are written, else in memory."""
     needed = sum(replay_size(args)) * FRAME_SIZE**2
     if args.checkpoint_frequency:
-        folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-        if not os.access(folder, os.W_OK):
-            fail(f"--runs-dir {args.runs_dir}: {folder} is not writable")
-        replay = run_dir / REPLAY_FILE
+        needed += 200e6  # the checkpoint, its successor and the curves
         there = replay.stat().st_blocks * 512 if replay.exists() else 0
         where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free + there
     else:
@@ -855,22 +935,13 @@ def available_memory() -> float:
     return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
 
 
-def evaluate_model(args: Args) -> None:
+def evaluate_model(args: Args, content: dict) -> None:
     """Plays with the weights of a model.pt, in the game that it was trained on."""
-    content = load(args.evaluate, "--evaluate")
-    trained = content.get("args", {})
-    if args.env_id not in (Args.env_id, trained.get("env_id")):
-        fail(f"--env-id {args.env_id}: {args.evaluate} was trained on {trained.get('env_id')}")
     device, dtype = choose_device(args)
-    try:
-        q_network = QNetwork(content["n_actions"])
-        q_network.load_state_dict(content["weights"])
-    except (KeyError, RuntimeError):
-        fail(f"--evaluate: {args.evaluate} is no model.pt of {SCRIPT}.py")
-    sticky_actions = args.sticky_actions or trained["sticky_actions"]
-    args = dataclasses.replace(args, env_id=trained["env_id"], sticky_actions=sticky_actions)
-    check_env_id(args.env_id)
-    returns = evaluate(args, q_network.to(device, dtype), args.evaluate.parent / "videos")
+    q_network = QNetwork(content["n_actions"])
+    q_network.load_state_dict(content["weights"])
+    q_network.to(device).features.to(dtype)
+    returns = evaluate(args, q_network, args.evaluate.parent / "videos")
     print(f"{args.env_id}: mean score {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
 
 
@@ -878,17 +949,24 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     check_args(args)
     if args.evaluate:
+        content = load(args.evaluate, "--evaluate", "model")
+        # Parsed again, the game and its stickiness default to those of the training.
+        trained = Args(**{name: content["args"][name] for name in ("env_id", "sticky_actions")})
+        args = tyro.cli(Args, default=trained)
+        if args.env_id != trained.env_id:
+            fail(f"--env-id {args.env_id}: {args.evaluate} was trained on {trained.env_id}")
         if args.eval_episodes == 0:
             fail("--eval-episodes 0: must be greater than 0 with --evaluate")
-        return evaluate_model(args)
+        return evaluate_model(args, content)
     if args.resume and not args.run_name:
         fail("--resume: give the --run-name of the run to go on with")
     if not args.run_name:
         args.run_name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = args.runs_dir / args.run_name
+    if args.resume and (run_dir / "result.json").exists():
+        (run_dir / REPLAY_FILE).unlink(missing_ok=True)
+        return print(f"{run_dir} is finished: see its result.json")
     check_training(args)
-    if (args.runs_dir / args.run_name / "result.json").exists():
-        (args.runs_dir / args.run_name / REPLAY_FILE).unlink(missing_ok=True)
-        return print(f"{args.runs_dir / args.run_name} is finished; its result.json stands")
     try:
         train(args)
     except KeyboardInterrupt:
