@@ -295,6 +295,7 @@ class QNetwork(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.q_values = nn.Linear(512, n_actions)
+        self.to(memory_format=torch.channels_last)  # a tenth more steps per second in float32 on a CPU
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         features = self.features(obs.to(self.features[0].weight.dtype).div_(255))
@@ -321,6 +322,8 @@ class ReplayMemory:
     in the file untouched until `spare` further screens have come, so a checkpoint need not copy it. An agent step
     stores one screen, two where an episode ends.
     """
+
+    BESIDE_SCREENS = ("action", "reward", "terminated", "acted", "age")
 
     def __init__(
         self, capacity: int, spare: int, rng: np.random.Generator, device: torch.device, path: Path | None = None
@@ -403,12 +406,12 @@ class ReplayMemory:
         """All but the screens, which must be in the file; those are written through to the disk."""
         self.file.flush()
         used = min(self.count, self.slots)
-        names = ("action", "reward", "terminated", "acted", "age")
-        return {"count": self.count} | {name: torch.from_numpy(getattr(self, name)[:used].copy()) for name in names}
+        beside = {name: torch.from_numpy(getattr(self, name)[:used].copy()) for name in self.BESIDE_SCREENS}
+        return {"count": self.count, "bytes": self.file.nbytes, **beside}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
-        for name in ("action", "reward", "terminated", "acted", "age"):
+        for name in self.BESIDE_SCREENS:
             getattr(self, name)[: len(state[name])] = state[name].numpy()
 
 
@@ -549,9 +552,9 @@ def load_checkpoint(args: Args) -> dict | None:
     for name, value in plain(args).items():
         started = checkpoint["args"].get(name)
         if value != started and name not in may_differ and not name.startswith("wandb"):
-            fail(f"--{name.replace('_', '-')} {value}: {run_dir} was started with {started}; give the same flags")
+            reject(args, name, f"{run_dir} was started with {started}; give the same flags")
     replay = run_dir / REPLAY_FILE
-    if not replay.exists() or replay.stat().st_size != sum(replay_size(args)) * FRAME_SIZE**2:
+    if not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]:
         fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
     return checkpoint
 
@@ -591,12 +594,12 @@ def replay_size(args: Args) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands: all that a checkpoint keeps beside networks, optimizer, memory, emulator and random state."""
+    """How far a run has come."""
 
     global_step: int = 0
     episodic_return: float = 0.0
     episodic_length: int = 0
-    recent_returns: list[float] = dataclasses.field(default_factory=list)  # of the last 100 games, unclipped
+    recent_returns: list[float] = dataclasses.field(default_factory=list)  # of the last 100 episodes, unclipped
     wall_seconds: float = 0.0
     update_steps: int = 0  # steps since the first update, and the seconds they took
     update_seconds: float = 0.0
@@ -839,92 +842,76 @@ def start_tracking(args: Args) -> None:
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+def reject(args: Args, name: str, reason: str) -> NoReturn:
+    fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
+
+
 def check_args(args: Args) -> None:
-    """Ends the program with one line where a flag cannot work; creates nothing."""
+    """Ends the program with one line where a flag cannot work, whether it trains or evaluates."""
     choices = {
         "device": ("auto", "cpu", "cuda", "mps"),
         "precision": ("auto", "float32", "bfloat16"),
         "optimizer": ("adam", "rmsprop"),
         "loss": ("mse", "huber"),
     }
+    counts = ("total_timesteps", "buffer_size", "batch_size", "learning_starts", "train_frequency")
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: choose one of {', '.join(allowed)}")
-    for name in (
-        "total_timesteps",
-        "buffer_size",
-        "batch_size",
-        "learning_starts",
-        "train_frequency",
-        "target_network_frequency",
-        "learning_rate",
-        "optimizer_eps",
-    ):
+            reject(args, name, f"choose one of {', '.join(allowed)}")
+    for name in (*counts, "target_network_frequency", "learning_rate", "optimizer_eps"):
         if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    if args.seed >= 2**63:
-        fail(f"--seed {args.seed}: must be under 2^63")
+            reject(args, name, "must be greater than 0")
     for name in ("seed", "checkpoint_frequency", "eval_episodes"):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+        if not 0 <= getattr(args, name) < 2**63:
+            reject(args, name, "must not be negative, nor 2^63 or more")
     for name in ("gamma", "start_e", "end_e", "exploration_fraction", "sticky_actions"):
         if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in [0, 1]")
+            reject(args, name, "must lie in [0, 1]")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        fail(f"--device {args.device}: PyTorch finds no such device here; use --device cpu")
-    check_env_id(args.env_id)
-
-
-def check_env_id(env_id: str) -> None:
-    spec = gym.registry.get(env_id)
+        reject(args, "device", "PyTorch finds no such device here; use --device cpu")
+    spec = gym.registry.get(args.env_id)
     if spec is None:
-        games = [name for name, spec in gym.registry.items() if is_atari(spec) and name.startswith("ALE/")]
-        near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4)
-        fail(f"--env-id {env_id}: no such game" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    if not is_atari(spec):
-        fail(f"--env-id {env_id}: not an Atari game; this script plays ids such as ALE/Pong-v5")
-
-
-def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
-    return spec.entry_point == "ale_py.env:AtariEnv"
+        games = [name for name in gym.registry if name.startswith("ALE/")]
+        near = difflib.get_close_matches(args.env_id, games, n=3, cutoff=0.4)
+        reject(args, "env_id", "no such game" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    if spec.entry_point != "ale_py.env:AtariEnv":
+        reject(args, "env_id", "not an Atari game; this script plays ids such as ALE/Pong-v5")
 
 
 def check_training(args: Args) -> None:
-    if args.batch_size + STACK + 1 > args.buffer_size:
-        fail(
-            f"--buffer-size {args.buffer_size}: must hold a batch and its stacks, {args.batch_size + STACK + 1} or more"
-        )
+    """Ends the program with one line where a run cannot start; creates nothing."""
+    if args.buffer_size < args.batch_size + STACK + 1:
+        reject(args, "buffer_size", f"must hold a batch and its stacks, {args.batch_size + STACK + 1} or more")
     if args.learning_starts < args.batch_size:
-        fail(f"--learning-starts {args.learning_starts}: must not be under --batch-size {args.batch_size}")
+        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
     if args.learning_starts > args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts}: must not exceed --total-timesteps {args.total_timesteps}")
+        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
     run_dir = args.runs_dir / args.run_name
     if Path(args.run_name).name != args.run_name or args.run_name == "..":
-        fail(f"--run-name {args.run_name}: must be a plain name, for a folder in --runs-dir {args.runs_dir}")
+        reject(args, "run_name", f"must be a plain name, for a folder in --runs-dir {args.runs_dir}")
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        fail(f"--runs-dir {args.runs_dir}: {folder} is no folder that can be written to")
+        reject(args, "runs_dir", f"{folder} is no folder that can be written to")
     if run_dir.exists() and not args.resume:
-        fail(f"--run-name {args.run_name}: {run_dir} exists; take another name, or add --resume to go on with it")
+        reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
         fail("--track: Weights & Biases is not installed; pip install wandb")
-    check_room(args, run_dir / REPLAY_FILE, folder)
+    check_room(args, sum(replay_size(args)) * FRAME_SIZE**2, folder)
 
 
-def check_room(args: Args, replay: Path, folder: Path) -> None:
-    """The replay memory must fit on the disk if checkpoints are written, else in memory."""
-    needed = sum(replay_size(args)) * FRAME_SIZE**2
+def check_room(args: Args, needed: float, folder: Path) -> None:
+    """The replay memory, of `needed` bytes, must fit on the disk of `folder`, or in memory without checkpoints."""
     if args.checkpoint_frequency:
-        needed += 200e6  # the checkpoint, its successor and the curves
+        replay = args.runs_dir / args.run_name / REPLAY_FILE
         there = replay.stat().st_blocks * 512 if replay.exists() else 0
+        needed += 200e6  # the checkpoint, its successor and the curves
         where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free + there
     else:
         where, free = "of memory", available_memory()
     if needed > free:
-        fail(
-            f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB {where} are free; "
-            f"--buffer-size {max(0, int(args.buffer_size * free * 0.9 / needed))} would fit"
-        )
+        fitting = max(0, int(args.buffer_size * free * 0.9 / needed))
+        have = f"{free / 1e9:.1f} GB {where} are free"
+        reject(args, "buffer_size", f"needs {needed / 1e9:.1f} GB, and {have}; --buffer-size {fitting} would fit")
 
 
 def available_memory() -> float:

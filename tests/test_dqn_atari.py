@@ -626,7 +626,7 @@ def message_of(flags: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.Mo
         ("--runs-dir file", "file is no folder"),
         ("--runs-dir file/sub", "file is no folder"),
         ("--run-name ..", "--run-name ..: must be a plain name"),
-        ("--seed 9999999999999999999999", "must be under 2^63"),
+        ("--seed 9999999999999999999999", "2^63 or more"),
         ("--buffer-size 1000000000 --total-timesteps 1000000000", "--buffer-size 1000000000: needs"),
         ("--checkpoint-frequency 0 --buffer-size 1000000000 --total-timesteps 1000000000", "of memory"),
         ("--evaluate no.pt", "there is no file no.pt"),
