@@ -349,7 +349,7 @@ def test_network_is_the_papers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_step_equals_textbook_optimizer(optimizer: str, dtype: torch.dtype) -> None:
     """Two steps against the optimizer's formula in NumPy; in bfloat16 the float32 weights still move by the formula."""
-    args = dqn.Args(optimizer=optimizer, learning_rate=1e-3, optimizer_eps=1e-4)
+    args = dqn.Args(optimizer=optimizer, learning_rate=1e-3, optimizer_eps=0.1)
     network = torch.nn.Linear(3, 2, bias=False)
     weights = [parameter.detach().clone() for parameter in network.parameters()]
     network.to(dtype)
@@ -362,10 +362,10 @@ def test_gradient_step_equals_textbook_optimizer(optimizer: str, dtype: torch.dt
         grad = network.weight.grad.double().numpy()
         if optimizer == "adam":
             m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
-            w = w - 1e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-4)
+            w = w - 1e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 0.1)
         else:
             m, v = 0.95 * m + 0.05 * grad, 0.95 * v + 0.05 * grad**2
-            w = w - 1e-3 * grad / np.sqrt(v - m**2 + 1e-4)
+            w = w - 1e-3 * grad / np.sqrt(v - m**2 + 0.1)
         np.testing.assert_allclose(weights[0].numpy(), w, rtol=1e-4, atol=1e-6)
         assert torch.equal(network.weight.data, weights[0].to(dtype))
 
