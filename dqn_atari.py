@@ -882,6 +882,11 @@ def check_training(args: Args) -> None:
     """Ends the program with one line where a run cannot start; creates nothing."""
     if args.buffer_size < args.batch_size + STACK + 1:
         reject(args, "buffer_size", f"must hold a batch and its stacks, {args.batch_size + STACK + 1} or more")
+    check_run(args, replay_bytes=sum(replay_size(args)) * FRAME_SIZE**2)
+
+
+def check_run(args: Args, replay_bytes: float) -> None:
+    """The checks of a run's length, folder and room, `replay_bytes` for its replay memory."""
     if args.learning_starts < args.batch_size:
         reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
     if args.learning_starts > args.total_timesteps:
@@ -896,18 +901,13 @@ def check_training(args: Args) -> None:
         reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
         fail("--track: Weights & Biases is not installed; pip install wandb")
-    check_room(args, sum(replay_size(args)) * FRAME_SIZE**2, folder)
-
-
-def check_room(args: Args, needed: float, folder: Path) -> None:
-    """The replay memory, of `needed` bytes, must fit on the disk of `folder`, or in memory without checkpoints."""
-    if args.checkpoint_frequency:
-        replay = args.runs_dir / args.run_name / REPLAY_FILE
+    if args.checkpoint_frequency:  # the replay memory is a file
+        replay = run_dir / REPLAY_FILE
         there = replay.stat().st_blocks * 512 if replay.exists() else 0
-        needed += 200e6  # the checkpoint, its successor and the curves
+        needed = replay_bytes + 200e6  # with the checkpoint, its successor and the curves
         where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free + there
     else:
-        where, free = "of memory", available_memory()
+        needed, where, free = replay_bytes, "of memory", available_memory()
     if needed > free:
         fitting = max(0, int(args.buffer_size * free * 0.9 / needed))
         have = f"{free / 1e9:.1f} GB {where} are free"
@@ -922,8 +922,16 @@ def available_memory() -> float:
     return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
 
 
-def evaluate_model(args: Args, content: dict) -> None:
+def evaluate_model(args: Args) -> None:
     """Plays with the weights of a model.pt, in the game that it was trained on."""
+    content = load(args.evaluate, "--evaluate", "model")
+    # Parsed again, the game and its stickiness default to those of the training.
+    trained = Args(**{name: content["args"][name] for name in ("env_id", "sticky_actions")})
+    args = tyro.cli(Args, default=trained)
+    if args.env_id != trained.env_id:
+        reject(args, "env_id", f"{args.evaluate} was trained on {trained.env_id}")
+    if args.eval_episodes == 0:
+        reject(args, "eval_episodes", "must be greater than 0 with --evaluate")
     device, dtype = choose_device(args)
     q_network = QNetwork(content["n_actions"])
     q_network.load_state_dict(content["weights"])
@@ -936,15 +944,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     check_args(args)
     if args.evaluate:
-        content = load(args.evaluate, "--evaluate", "model")
-        # Parsed again, the game and its stickiness default to those of the training.
-        trained = Args(**{name: content["args"][name] for name in ("env_id", "sticky_actions")})
-        args = tyro.cli(Args, default=trained)
-        if args.env_id != trained.env_id:
-            fail(f"--env-id {args.env_id}: {args.evaluate} was trained on {trained.env_id}")
-        if args.eval_episodes == 0:
-            fail("--eval-episodes 0: must be greater than 0 with --evaluate")
-        return evaluate_model(args, content)
+        return evaluate_model(args)
     if args.resume and not args.run_name:
         fail("--resume: give the --run-name of the run to go on with")
     if not args.run_name:
