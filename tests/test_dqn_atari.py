@@ -1,70 +1,21 @@
 """Tests of dqn_atari.py against independent oracles; each says what it compares with."""
 
-import dataclasses
 import json
-import os
 import pickle
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import tomllib
 from pathlib import Path
 
 import ale_py
 import gymnasium as gym
-import imageio
 import numpy as np
 import pytest
 import torch
+from common import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_atari as dqn
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "dqn_atari.py"
 CPU = torch.device("cpu")
-SHORT = [  # a run of a few seconds that fills and wraps its replay memory, and checkpoints
-    *(
-        "--env-id",
-        "ALE/Breakout-v5",
-        "--sticky-actions",
-        "0.25",
-        "--total-timesteps",
-        "1200",
-        "--learning-starts",
-        "100",
-        "--buffer-size",
-        "400",
-    ),
-    *("--checkpoint-frequency", "150", "--target-network-frequency", "100", "--eval-episodes", "1"),
-]
-
-
-def run(*flags: object, cwd: Path, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", str(SCRIPT), *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, **options)
-
-
-def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run that was never interrupted."""
-    cwd = tmp_path_factory.mktemp("finished")
-    result = run(*SHORT, "--run-name", "whole", cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return cwd / "runs" / "whole"
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -427,169 +378,7 @@ def test_it_learns_to_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert json.loads((tmp_path / "catch" / "result.json").read_text())["eval_return_mean"] > 0.95
 
 
-# --- Runs: reproducible, resumable ------------------------------------------------------------------------------------
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "model.pt", weights_only=True)["weights"]
-
-
-def assert_same_run(run_dir: Path, other_dir: Path) -> None:
-    """Same weights, optimizer, replay and random states to the bit, and the same curve of returns."""
-    ours, theirs = weights(run_dir), weights(other_dir)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, other_dir))
-    for name in ("optimizer", "memory", "target_network"):
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
-    assert ours["rng"] == theirs["rng"]
-    assert ours["env"] == theirs["env"]
-    assert scalars(run_dir, "charts/episodic_return") == scalars(other_dir, "charts/episodic_return")
-    assert scalars(run_dir, "losses/td_loss") == scalars(other_dir, "losses/td_loss")
-    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run_dir, other_dir))
-    for name in ("train_return_mean", "eval_return_mean", "eval_return_std"):
-        assert ours[name] == theirs[name]
-
-
-def test_a_finished_run(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir() if not path.name.startswith("events")} == {
-        *("args.json", "checkpoint.pt", "model.pt", "result.json")
-    }
-    result = json.loads((finished / "result.json").read_text())
-    assert result["script"] == "dqn_atari"
-    assert result["total_timesteps"] == 1200
-    assert result["steps_per_second"] > 0
-    assert result["torch_threads"] == 1
-    returns = [value for _, value in scalars(finished, "charts/episodic_return")]
-    assert result["train_return_mean"] == pytest.approx(np.mean(returns))
-    events = EventAccumulator(str(finished))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) >= {
-        *("charts/SPS", "charts/epsilon", "charts/episodic_length", "losses/td_loss", "losses/q_values"),
-    }
-    hparams = "_hparams_/session_start_info"
-    assert hparams in events.summary_metadata
-    assert json.loads((finished / "args.json").read_text())["buffer_size"] == 400
-
-
-def test_same_seed_same_run_other_seed_another(finished: Path, tmp_path: Path) -> None:
-    assert run(*SHORT, "--run-name", "again", cwd=tmp_path).returncode == 0
-    assert_same_run(finished, tmp_path / "runs" / "again")
-    assert run(*SHORT, "--run-name", "other", "--seed", "2", cwd=tmp_path).returncode == 0
-    other = weights(tmp_path / "runs" / "other")
-    assert not any(torch.equal(weight, other[name]) for name, weight in weights(finished).items())
-
-
-def test_killed_at_random_moments_it_resumes_to_the_bit(finished: Path, tmp_path: Path) -> None:
-    """Weights, replay (its screens too) and curve equal those of the run that was never interrupted."""
-    command = [sys.executable, SCRIPT, *SHORT, "--run-name", "killed", "--resume"]
-    env, run_dir = os.environ | {"OMP_NUM_THREADS": "1"}, tmp_path / "runs" / "killed"
-    kept = tmp_path / "kept.frames"  # a second name for the screens, whose own is removed at the end
-    for _ in range(4):
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
-        time.sleep(random.uniform(3, 9))
-        process.kill()
-        process.wait()
-        if (run_dir / dqn.REPLAY_FILE).exists():
-            kept.unlink(missing_ok=True)
-            os.link(run_dir / dqn.REPLAY_FILE, kept)
-    assert run(*command[2:], cwd=tmp_path).returncode == 0
-    assert_same_run(finished, run_dir)
-    if kept.exists() and kept.stat().st_nlink == 1:
-        count = torch.load(run_dir / "checkpoint.pt", weights_only=True)["memory"]["count"]
-        frames = np.fromfile(kept, np.uint8).reshape(-1, 84, 84)
-        assert len(frames) < count  # the ring has wrapped
-        assert all(frame.any() for frame in frames)
-
-
-KILLER = """
-import os, runpy, signal, sys
-moment, call, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-replace = os.replace
-def killing_replace(*paths):
-    global call
-    call -= 1
-    if moment == "after":
-        replace(*paths)
-    if call == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if moment == "before":
-        replace(*paths)
-os.replace = killing_replace
-sys.argv = sys.argv[3:]
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-def test_killed_at_the_worst_moments_it_resumes_to_the_bit(finished: Path, tmp_path: Path) -> None:
-    """Killed right before and after a file gets its name: args.json, checkpoints, model.pt and result.json."""
-    command = [SCRIPT, *SHORT, "--run-name", "killed", "--resume"]
-    run_dir = tmp_path / "runs" / "killed"
-    for moment, call in [("before", 1), ("before", 3), ("after", 1), ("before", 2), ("after", 6), ("before", 2)]:
-        killer = [sys.executable, "-c", KILLER, moment, str(call), *command]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(killer, cwd=tmp_path, env=env, capture_output=True, check=False)
-        assert result.returncode == -signal.SIGKILL
-        for path in run_dir.glob("*.json"):
-            json.loads(path.read_text())
-        for path in run_dir.glob("*.pt"):
-            torch.load(path, weights_only=True)
-    assert run(*command[1:], cwd=tmp_path).returncode == 0
-    assert_same_run(finished, run_dir)
-
-
-def test_interrupted_it_says_how_to_go_on_and_does(finished: Path, tmp_path: Path) -> None:
-    """Ctrl-C between two checkpoints writes one more; the printed command finishes the run with the same bits."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-u", SCRIPT, *SHORT, "--run-name", "stopped"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "runs" / "stopped" / "checkpoint.pt").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate()[0]
-    assert process.returncode == 130
-    line = printed.splitlines()[-1]
-    assert line.startswith("stopped; go on with: python ")
-    assert line.endswith("--run-name stopped --resume")
-    assert run(*line.split()[6:], cwd=tmp_path).returncode == 0
-    assert_same_run(finished, tmp_path / "runs" / "stopped")
-
-
-def test_a_finished_run_is_left_alone(finished: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
-    result = run(*SHORT, "--run-name", "whole", "--resume", cwd=finished.parent.parent)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "finished" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
-
-
-def test_evaluation_repeats_and_records_video(finished: Path, tmp_path: Path) -> None:
-    """--evaluate gives the figure of result.json, and a video with as many frames as were played."""
-    shutil.copy(finished / "model.pt", tmp_path)
-    result = run("--evaluate", "model.pt", "--eval-episodes", "1", "--capture-video", cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    score = json.loads((finished / "result.json").read_text())["eval_return_mean"]
-    assert f"mean score {score:.1f}" in result.stdout
-    (video,) = (tmp_path / "videos").glob("*.mp4")
-    with imageio.get_reader(video) as reader:
-        assert reader.get_meta_data()["fps"] == 60
-        frames = reader.count_frames()
-        assert reader.get_data(frames // 2).std() > 1
-    assert frames > 400
-
-
 # --- Bad input --------------------------------------------------------------------------------------------------------
-
-
-def message_of(flags: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What main prints to standard error when it refuses; it must be one line and exit status 2."""
-    monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *flags.split()])
-    with pytest.raises(SystemExit) as exit_info:
-        dqn.main()
-    assert exit_info.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("dqn_atari: error: ")
-    assert message.count("\n") == 1
-    return message
 
 
 @pytest.mark.parametrize(
@@ -598,153 +387,24 @@ def message_of(flags: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.Mo
         ("--env-id ALE/Pnog-v5", "did you mean ALE/Pong-v5"),
         ("--env-id Breakout", "ALE/Breakout-v5"),
         ("--env-id CartPole-v1", "not an Atari game"),
-        ("--total-timesteps 0", "--total-timesteps 0: must be greater than 0"),
-        ("--total-timesteps -5", "--total-timesteps -5"),
-        ("--batch-size 0", "--batch-size 0"),
-        ("--buffer-size -1", "--buffer-size -1"),
         ("--train-frequency 0", "--train-frequency 0"),
         ("--target-network-frequency 0", "--target-network-frequency 0"),
-        ("--learning-rate 0", "--learning-rate 0"),
-        ("--learning-rate nan", "--learning-rate nan"),
-        ("--checkpoint-frequency -1", "--checkpoint-frequency -1"),
-        ("--eval-episodes -1", "--eval-episodes -1"),
-        ("--learning-starts 31", "--learning-starts 31: must not be under --batch-size 32"),
-        ("--total-timesteps 1000 --learning-starts 1001", "must not exceed --total-timesteps 1000"),
-        ("--buffer-size 31", "--buffer-size 31"),
         ("--start-e 1.5", "--start-e 1.5: must lie in [0, 1]"),
         ("--end-e -0.1", "--end-e -0.1"),
-        ("--gamma 2", "--gamma 2"),
         ("--exploration-fraction nan", "--exploration-fraction nan"),
         ("--sticky-actions 25", "--sticky-actions 25"),
-        ("--device tpu", "--device tpu: choose one of auto, cpu, cuda, mps"),
         ("--optimizer sgd", "choose one of adam, rmsprop"),
         ("--loss mae", "choose one of mse, huber"),
         ("--precision float16", "choose one of auto, float32, bfloat16"),
-        ("--resume", "--run-name"),
-        ("--run-name there", "runs/there exists"),
-        ("--run-name ../elsewhere", "--run-name ../elsewhere"),
-        ("--runs-dir file", "file is no folder"),
-        ("--runs-dir file/sub", "file is no folder"),
-        ("--run-name ..", "--run-name ..: must be a plain name"),
-        ("--seed 9999999999999999999999", "2^63 or more"),
-        ("--buffer-size 1000000000 --total-timesteps 1000000000", "--buffer-size 1000000000: needs"),
-        ("--checkpoint-frequency 0 --buffer-size 1000000000 --total-timesteps 1000000000", "of memory"),
-        ("--evaluate no.pt", "there is no file no.pt"),
-        ("--evaluate runs", "there is no file runs"),
-        ("--evaluate truncated.pt", "truncated.pt is damaged"),
-        ("--evaluate code.pt", "code.pt is damaged or not written by"),
-        ("--evaluate other.pt", "other.pt is no model of dqn_atari.py"),
-        ("--evaluate checkpoint.pt", "checkpoint.pt is no model"),
-        ("--evaluate model.pt --env-id ALE/Pong-v5-", "no such game"),
-        ("--evaluate model.pt --env-id ALE/Freeway-v5", "was trained on ALE/Breakout-v5"),
-        ("--evaluate model.pt --env-id ALE/Pong-v5", "was trained on ALE/Breakout-v5"),
-        ("--evaluate model.pt --eval-episodes 0", "--eval-episodes 0"),
-        ("--run-name truncated --resume", "checkpoint.pt is damaged"),
-        ("--run-name other --resume", "no checkpoint of dqn_atari.py"),
-        ("--run-name whole --resume --gamma 0.9", "--gamma 0.9: runs/whole was started with 0.99"),
-        ("--run-name whole --resume --env-id ALE/Freeway-v5", "was started with ALE/Breakout-v5"),
+        ("--evaluate breakout.pt --env-id ALE/Freeway-v5", "was trained on ALE/Breakout-v5"),
+        ("--evaluate breakout.pt --env-id ALE/Pong-v5", "was trained on ALE/Breakout-v5"),
     ],
 )
 def test_bad_input(
-    flags: str,
-    expected: str,
-    finished: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One line, exit status 2, nothing created and nothing changed."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("there", "truncated", "other", "whole"):
-        Path("runs", name).mkdir(parents=True)
-    Path("file").touch()
-    for name in ("model.pt", "checkpoint.pt"):
-        shutil.copy(finished / name, name)
-    Path("truncated.pt").write_bytes(Path("model.pt").read_bytes()[:-1000])
-    Path("code.pt").write_bytes(pickle.dumps(os.system))
-    torch.save({"script": "ddpg_continuous"}, "other.pt")
-    shutil.copy("truncated.pt", "runs/truncated/checkpoint.pt")
-    shutil.copy("other.pt", "runs/other/checkpoint.pt")
-    shutil.copy("checkpoint.pt", "runs/whole/checkpoint.pt")
-    if "whole" in flags:
-        flags = " ".join(SHORT) + " " + flags
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert expected in message_of(flags, capsys, monkeypatch)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_a_missing_replay_file_is_named(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("runs/whole").mkdir(parents=True)
-    shutil.copy(finished / "checkpoint.pt", "runs/whole")
-    message = message_of(" ".join([*SHORT, "--run-name whole --resume"]), capsys, monkeypatch)
-    assert "replay.frames is missing" in message
-
-
-def test_wandb_not_installed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dqn.importlib.util, "find_spec", lambda name: None)
-    assert "pip install wandb" in message_of("--track", capsys, monkeypatch)
-    assert not list(tmp_path.iterdir())
-
-
-def test_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
-    flags = [*SHORT, "--learning-starts", "200", "--learning-rate", "1e30", "--run-name", "nan"]
-    result = run(*flags, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "by step 300" in result.stderr
-    assert "--learning-rate" in result.stderr
-    checkpoint = torch.load(tmp_path / "runs" / "nan" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["progress"]["global_step"] == 150
-    assert all(weight.isfinite().all() for weight in checkpoint["weights"])
-
-
-# --- The repository ---------------------------------------------------------------------------------------------------
-
-
-def test_inline_dependencies_are_those_of_requirements_txt() -> None:
-    block = SCRIPT.read_text().split("# /// script\n")[1].split("# ///\n")[0]
-    inline = tomllib.loads("".join(line.removeprefix("# ") for line in block.splitlines(keepends=True)))
-    required = (ROOT / "requirements.txt").read_text().splitlines()
-    assert inline["dependencies"]
-    assert set(inline["dependencies"]) <= set(required)
-    assert inline["requires-python"] == ">=3.11"
-
-
-def test_the_file_alone_runs(tmp_path: Path) -> None:
-    """Copied elsewhere, under another name, it needs nothing beside it."""
-    shutil.copy(SCRIPT, tmp_path / "mine.py")
-    command = [sys.executable, "-I", "mine.py", *SHORT, "--total-timesteps", "120", "--run-name", "alone"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
-    assert json.loads((tmp_path / "runs" / "alone" / "result.json").read_text())["script"] == "mine"
-
-
-def test_help_explains_every_flag() -> None:
-    for field in dataclasses.fields(dqn.Args):
-        docstring = SCRIPT.read_text().split(f"    {field.name}: ")[1].split('"""')[1]
-        assert len(docstring) > 10, field.name
-
-
-README_COMMANDS = [
-    line.split("#")[0].strip()
-    for line in (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
-    if line.startswith("    ") and "python dqn_atari.py" in line
-]
-
-
-@pytest.mark.parametrize("command", README_COMMANDS)
-def test_readme_commands(command: str, finished: Path, tmp_path: Path) -> None:
-    """Each command that the README gives for this script runs, cut down to its first steps."""
-    flags = command.split("python dqn_atari.py")[1].split()
-    shutil.copytree(finished, tmp_path / "runs" / "NAME")
-    if "--evaluate" in flags:
-        flags += ["--eval-episodes", "1"]
-    else:
-        buffer_size = min(400, int(flags[flags.index("--buffer-size") + 1])) if "--buffer-size" in flags else 400
-        flags += ["--total-timesteps", "120", "--learning-starts", "100", "--buffer-size", str(buffer_size)]
-        flags += ["--eval-episodes", "0"]
-    result = run(*flags, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
+    args = {"env_id": "ALE/Breakout-v5", "sticky_actions": 0.0}
+    torch.save({"script": "dqn_atari", "kind": "model", "args": args, "n_actions": 4, "weights": {}}, "breakout.pt")
+    assert expected in message_of(dqn, flags.split(), capsys, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["breakout.pt"]

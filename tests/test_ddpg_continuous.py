@@ -1,0 +1,291 @@
+"""Tests of ddpg_continuous.py against independent oracles; each says what it compares with."""
+
+import json
+import pickle
+from collections import deque
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from common import message_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ddpg_continuous as ddpg
+
+CPU = torch.device("cpu")
+SMALL = ddpg.Args(hidden_sizes=(16, 16))
+
+
+# --- The theorem ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalisation", ["none", "layer"])
+def test_actor_loss_leaves_the_deterministic_policy_gradient(normalisation: str) -> None:
+    """Silver et al. 2014: mean of J^T g, J = grad_theta pi(s) by torch.func, g = grad_a Q(s, a) at a = pi(s)."""
+    torch.manual_seed(0)
+    args = ddpg.Args(hidden_sizes=(16, 16), normalisation=normalisation)
+    actor, critic = ddpg.Actor(args, 5, 3).double(), ddpg.Critic(args, 5, 3).double()
+    obs = torch.randn(8, 5, dtype=torch.float64)
+    ddpg.actor_loss(actor, critic, obs).backward()
+
+    theta = {name: weight.detach() for name, weight in actor.named_parameters()}
+    gradient = {name: torch.zeros_like(weight) for name, weight in theta.items()}
+    for s in obs:
+
+        def policy(theta: dict[str, torch.Tensor], s: torch.Tensor = s) -> torch.Tensor:
+            return torch.func.functional_call(actor, theta, (s[None],))[0]
+
+        jacobian = torch.func.jacrev(policy)(theta)  # for each tensor of theta: (d_action, *its shape)
+        action = policy(theta).requires_grad_()
+        (g,) = torch.autograd.grad(critic(s[None], action[None]).sum(), action)
+        for name in theta:
+            gradient[name] += torch.tensordot(g, jacobian[name], dims=1) / len(obs)
+    for name, parameter in actor.named_parameters():
+        torch.testing.assert_close(-parameter.grad, gradient[name])
+
+
+def test_the_theorem_on_a_linear_quadratic_problem() -> None:
+    """With the true Q of the policy, the mean of J^T g over its discounted states is the derivative of the return.
+
+    s' = 0.9 s + 0.5 a, r = -(s^2 + 0.1 a^2), pi(s) = k s. Under pi, s_t = c^t s_0, c = 0.9 + 0.5 k, so the return is
+    -(1 + 0.1 k^2) s_0^2 / (1 - gamma c^2), and Q(s, a) = -(s^2 + 0.1 a^2) + gamma V(0.9 s + 0.5 a).
+    """
+    gamma, k = 0.95, -0.4
+    start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    def value(k: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return -(1 + 0.1 * k**2) * s**2 / (1 - gamma * (0.9 + 0.5 * k) ** 2)
+
+    gain = torch.tensor(k, dtype=torch.float64, requires_grad=True)
+    (derivative,) = torch.autograd.grad(value(gain, start).sum(), gain)
+
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(k, dtype=torch.float64))
+
+        def forward(self, s: torch.Tensor) -> torch.Tensor:
+            return self.gain * s
+
+    def true_q(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return -(s**2 + 0.1 * a**2) + gamma * value(torch.tensor(k, dtype=torch.float64), 0.9 * s + 0.5 * a)
+
+    gradient, s, discount = 0.0, start, 1.0
+    for _ in range(400):
+        policy = Policy()
+        ddpg.actor_loss(policy, true_q, s).backward()
+        gradient += -policy.gain.grad * len(s) * discount
+        s, discount = (0.9 + 0.5 * k) * s, discount * gamma
+    torch.testing.assert_close(gradient, derivative)
+
+
+# --- The update -------------------------------------------------------------------------------------------------------
+
+
+def test_targets_equal_hand_calculation() -> None:
+    """Ordinary, terminal and truncated (bootstraps like an ordinary one)."""
+    reward, terminated = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+    assert ddpg.td_targets(reward, terminated, torch.tensor([2.0, 9.0, -4.0]), gamma=0.5).tolist() == [2.0, -1.0, -1.5]
+
+
+def test_soft_update() -> None:
+    targets, parameters = [torch.tensor([0.0, 1.0])], [torch.tensor([1.0, 3.0])]
+    ddpg.soft_update(targets, parameters, 0.25)
+    assert targets[0].tolist() == [0.25, 1.5]
+    assert parameters[0].tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("action_layer", [1, 2])
+def test_networks_equal_the_formula(action_layer: int) -> None:
+    torch.manual_seed(0)
+    args = ddpg.Args(hidden_sizes=(7, 6), normalisation="none", action_layer=action_layer, final_init=3e-3)
+    actor, critic = ddpg.Actor(args, 4, 2), ddpg.Critic(args, 4, 2)
+    obs, action = torch.randn(5, 4), torch.rand(5, 2)
+    w1, b1, w2, b2, w3, b3 = actor.parameters()
+    expected = torch.tanh((((obs @ w1.T + b1).clamp(0) @ w2.T + b2).clamp(0)) @ w3.T + b3)
+    torch.testing.assert_close(actor(obs), expected)
+    assert w3.abs().max() <= 3e-3
+    w1, b1, w2, b2, w3, b3 = critic.parameters()
+    first = (torch.cat([obs, action], 1) if action_layer == 1 else obs) @ w1.T + b1
+    second = (first.clamp(0) if action_layer == 1 else torch.cat([first.clamp(0), action], 1)) @ w2.T + b2
+    torch.testing.assert_close(critic(obs, action), (second.clamp(0) @ w3.T + b3)[:, 0])
+
+
+@pytest.mark.parametrize(("noise", "deviation", "kept"), [("gaussian", 0.2, 0.0), ("ornstein-uhlenbeck", 0.3797, 0.85)])
+def test_noise_has_its_stationary_moments(noise: str, deviation: float, kept: float) -> None:
+    """Mean 0; standard deviation sigma, or sigma / sqrt(1 - 0.85^2); correlation from one step to the next."""
+    args, rng = ddpg.Args(noise=noise, exploration_noise=0.2), np.random.default_rng(0)
+    values = [np.zeros(1000)]
+    for _ in range(300):
+        values.append(ddpg.exploration_noise(values[-1], args, rng))
+    last = np.array(values[100:])
+    assert abs(last.mean()) < 0.01
+    assert last.std() == pytest.approx(deviation, rel=0.02)
+    assert np.corrcoef(last[:-1].ravel(), last[1:].ravel())[0, 1] == pytest.approx(kept, abs=0.02)
+
+
+# --- Replay memory ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(capacity=st.integers(1, 30), spare=st.integers(0, 8), count=st.integers(1, 90))
+def test_replay_equals_naive_memory(capacity: int, spare: int, count: int) -> None:
+    """Every one of the last transitions is drawn, and none other."""
+    rng = np.random.default_rng(0)
+    memory, naive = ddpg.ReplayMemory(capacity, spare, 3, 2, rng, CPU), deque(maxlen=capacity)
+    for t in range(count):
+        transition = (np.full(3, t), np.full(2, t + 0.5), t - 0.25, t % 3 == 0, np.full(3, t + 1))
+        memory.append(*transition)
+        naive.append(tuple(np.float32(part).tobytes() for part in transition))
+    drawn = {
+        tuple(part.numpy().tobytes() for part in transition)
+        for _ in range(5)
+        for transition in zip(*memory.sample(200), strict=True)
+    }
+    assert drawn == set(naive)
+
+
+def test_what_a_checkpoint_refers_to_outlives_the_spare_places(tmp_path: Path) -> None:
+    capacity, spare = 10, 4
+    memory = ddpg.ReplayMemory(capacity, spare, 1, 1, np.random.default_rng(0), CPU, tmp_path / "rows")
+    for t in range(25 + spare):
+        if t == 25:
+            state = memory.state_dict()
+        memory.append(np.full(1, t), np.full(1, t), t, False, np.full(1, t))
+    restored = ddpg.ReplayMemory(capacity, spare, 1, 1, np.random.default_rng(0), CPU, tmp_path / "rows")
+    restored.load_state_dict(state)
+    assert set(restored.sample(500)[0].flatten().tolist()) == set(range(15, 25))
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+
+
+class Bounds(gym.Env):
+    """Asymmetric bounds that differ by dimension; tells the action that it got; ends by its time limit only."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(np.array([-1.0, 0.0]), np.array([3.0, 10.0]), dtype=np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.np_random.standard_normal(2), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.asarray(action), 0.0, False, False, {}
+
+
+class Broken(Bounds):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.array([0.0, np.nan]), 0.0, False, False, {}
+
+
+class Images(Bounds):
+    observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+
+
+class Dictionaries(Bounds):
+    observation_space = gym.spaces.Dict({"position": gym.spaces.Box(-1, 1, (2,))})
+
+
+class Unbounded(Bounds):
+    action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+
+for cls in (Bounds, Broken, Images, Dictionaries, Unbounded):
+    gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=50)
+
+
+def test_actions_reach_their_bounds_and_no_further() -> None:
+    env = ddpg.make_env(ddpg.Args(env_id="Bounds-v0"))
+    env.reset(seed=1)
+    for action, expected in [((-1, -1), (-1, 0)), ((1, 1), (3, 10)), ((0, -0.5), (1, 2.5))]:
+        obs, *_ = env.step(np.array(action, np.float32))
+        assert obs.dtype == np.float32
+        np.testing.assert_allclose(obs, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "HalfCheetah-v5", "Hopper-v5", "Bounds-v0"])
+def test_environment_goes_on_as_if_never_stopped(env_id: str) -> None:
+    args = ddpg.Args(env_id=env_id)
+    env, restored = ddpg.make_env(args), ddpg.make_env(args)
+    rng = np.random.default_rng(0)
+    env.reset(seed=1)
+    restored.reset(seed=2)
+
+    def step(env: gym.Env, action: np.ndarray) -> tuple:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        over = terminated or truncated
+        return obs.tolist(), reward, over, env.reset()[0].tolist() if over else None
+
+    for _ in range(8):
+        for _ in range(rng.integers(1, 120)):
+            step(env, rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+        state = pickle.loads(pickle.dumps(env.get_state()))
+        assert restored.set_state(state).shape == env.observation_space.shape
+        for _ in range(60):
+            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+            assert step(env, action) == step(restored, action)
+
+
+# --- It learns --------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_swing_up(tmp_path: Path) -> None:
+    """Pendulum-v1: random actions score about -1200, -250 holds it upright for most of the episode."""
+    args = ddpg.Args(env_id="Pendulum-v1", runs_dir=tmp_path, run_name="swing", total_timesteps=6_000)
+    args.learning_starts, args.batch_size, args.learning_rate, args.hidden_sizes = 1_000, 128, 1e-3, (64, 64)
+    args.checkpoint_frequency = args.eval_frequency = 0
+    ddpg.train(args)
+    assert json.loads((tmp_path / "swing" / "result.json").read_text())["eval_return_mean"] > -250
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--env-id HalfCheeta-v5", "did you mean HalfCheetah-v5"),
+        ("--env-id CartPole-v1", "needs a vector of continuous actions"),
+        ("--env-id Images-v0", "needs a vector of observations"),
+        ("--env-id Dictionaries-v0", "needs a vector of observations"),
+        ("--env-id Unbounded-v0", "needs bounded actions"),
+        ("--tau 1.5", "--tau 1.5: must lie in [0, 1]"),
+        ("--policy-frequency 0", "--policy-frequency 0"),
+        ("--eval-frequency -1", "--eval-frequency -1"),
+        ("--exploration-noise -1", "--exploration-noise -1"),
+        ("--noise pink", "choose one of gaussian, ornstein-uhlenbeck"),
+        ("--normalisation group", "choose one of layer, batch, none"),
+        ("--hidden-sizes 0 1", "--hidden-sizes"),
+        ("--action-layer 3", "--action-layer 3"),
+        ("--evaluate hopper.pt --env-id HalfCheetah-v5", "was trained on Hopper-v5"),
+        ("--evaluate hopper.pt --hidden-sizes 8", "another shape"),
+    ],
+)
+def test_bad_input(
+    flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    actor = ddpg.Actor(SMALL, 11, 3).state_dict()
+    args = {**ddpg.plain(SMALL), "env_id": "Hopper-v5"}
+    torch.save({"script": "ddpg_continuous", "kind": "model", "args": args, "actor": actor}, "hopper.pt")
+    assert expected in message_of(ddpg, flags.split(), capsys, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["hopper.pt"]
+
+
+def test_mujoco_missing_names_what_installs_it(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*_: object, **__: object) -> None:
+        raise gym.error.DependencyNotInstalled('MuJoCo is not installed, run `pip install "gymnasium[mujoco]"`')
+
+    monkeypatch.setattr(ddpg.gym, "make", make)
+    assert 'pip install "gymnasium[mujoco]"' in message_of(ddpg, [], capsys, monkeypatch)
+
+
+def test_nan_from_the_environment_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "NaN" in message_of(ddpg, ["--env-id", "Broken-v0", "--total-timesteps", "30000"], capsys, monkeypatch)
