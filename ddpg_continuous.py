@@ -207,10 +207,12 @@ class Restorable(gym.Wrapper):
 
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment with float32 observations and actions rescaled to [-1, 1] in every dimension."""
-    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
-    if video_dir:
-        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
-    return Restorable(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    if video_dir is None:
+        return Restorable(gym.wrappers.RescaleAction(gym.make(args.env_id), np.float32(-1), np.float32(1)))
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's environments need no screen
+    env = gym.make(args.env_id, render_mode="rgb_array")
+    env = Restorable(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    return gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -256,6 +258,7 @@ class Actor(MLP):
 
 def greedy_action(actor: Actor, obs: np.ndarray, device: torch.device) -> np.ndarray:
     """pi(obs) for one observation, (d_obs,) to float32 (d_action,)."""
+    actor.eval()  # batch normalisation by its running means
     with torch.inference_mode():
         return actor(torch.from_numpy(obs).to(device)[None])[0].cpu().numpy()
 
@@ -407,7 +410,6 @@ def evaluate(args: Args, actor: Actor, video_dir: Path | None = None) -> list[fl
     env = make_env(args, video_dir)
     device = next(actor.parameters()).device
     returns = []
-    actor.eval()
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + 1_000_000 if episode == 0 else None)
         episodic_return, terminated, truncated = 0.0, False, False
@@ -415,7 +417,6 @@ def evaluate(args: Args, actor: Actor, video_dir: Path | None = None) -> list[fl
             obs, reward, terminated, truncated, _ = env.step(greedy_action(actor, obs, device))
             episodic_return += reward
         returns.append(episodic_return)
-    actor.train()
     env.close()
     return returns
 
@@ -546,7 +547,7 @@ def train(args: Args) -> None:
         critic.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     # 2: initialise targets phi' = phi, theta' = theta
-    target_actor, target_critic = (copy.deepcopy(network).requires_grad_(False) for network in (actor, critic))
+    target_actor, target_critic = (copy.deepcopy(network).requires_grad_(False).eval() for network in (actor, critic))
     # 3: initialise replay memory R
     path = run_dir / REPLAY_FILE if args.checkpoint_frequency else None
     memory = ReplayMemory(*replay_size(args), d_obs, d_action, rng, device, path)
@@ -603,6 +604,10 @@ def train(args: Args) -> None:
             noise = exploration_noise(noise, args, rng)
             action = (greedy_action(actor, obs, device) + noise).clip(-1, 1).astype(np.float32)
 
+            if not np.isfinite(action).all():
+                writer.close()
+                fail(f"the actor's action is {action} at step {step:,}; try a lower --learning-rate")
+
         # 9, 10: execute it, store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
         if not (np.isfinite(next_obs).all() and math.isfinite(reward)):
@@ -637,6 +642,7 @@ def train(args: Args) -> None:
             critic_optimizer.step()
             if step % args.policy_frequency == 0:
                 # 14: actor
+                actor.train()
                 policy_loss = actor_loss(actor, critic, observations)
                 gradients = torch.autograd.grad(policy_loss, list(actor.parameters()))
                 for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
