@@ -182,6 +182,18 @@ class Broken(Bounds):
         return np.array([0.0, np.nan]), 0.0, False, False, {}
 
 
+class Ending(Bounds):
+    """Ends in a terminal state at every third step."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.t = 0
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        return np.asarray(action), 0.0, self.t == 3, False, {}
+
+
 class Images(Bounds):
     observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
@@ -194,7 +206,7 @@ class Unbounded(Bounds):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
 
-for cls in (Bounds, Broken, Images, Dictionaries, Unbounded):
+for cls in (Bounds, Broken, Ending, Images, Dictionaries, Unbounded):
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=50)
 
 
@@ -228,6 +240,20 @@ def test_environment_goes_on_as_if_never_stopped(env_id: str) -> None:
         for _ in range(60):
             action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
             assert step(env, action) == step(restored, action)
+
+
+@pytest.mark.parametrize(("env_id", "expected"), [("Bounds-v0", [0] * 120), ("Ending-v0", [0, 0, 1] * 40)])
+def test_only_a_terminal_state_stops_the_bootstrap(
+    env_id: str, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the loop stores at the end by a time limit (every 50 steps), and at a terminal state (every third)."""
+    stored = []
+    append = ddpg.ReplayMemory.append
+    monkeypatch.setattr(ddpg.ReplayMemory, "append", lambda memory, *row: stored.append(row[3]) or append(memory, *row))
+    args = ddpg.Args(env_id=env_id, runs_dir=tmp_path, run_name="ends", total_timesteps=120, learning_starts=120)
+    args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
+    ddpg.train(args)
+    assert stored == expected
 
 
 # --- It learns --------------------------------------------------------------------------------------------------------

@@ -378,6 +378,34 @@ def test_it_learns_to_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert json.loads((tmp_path / "catch" / "result.json").read_text())["eval_return_mean"] > 0.95
 
 
+class Ends(Catch):
+    """Every third step loses a life, every sixth ends by a time limit, every twelfth in a terminal state instead."""
+
+    t = 0
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        truncated, terminated = self.t % 12 == 6, self.t % 12 == 0
+        return self.screen(), 5.0, terminated, truncated, {"life_lost": self.t % 6 == 3}
+
+
+def test_terminal_states_and_rewards_that_the_loop_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost life and a game's end are terminal, a time limit is not; rewards are clipped, scores are not."""
+    monkeypatch.setattr(dqn, "make_env", lambda args, rng: Ends(rng))
+    stored = []
+    append = dqn.ReplayMemory.append
+    monkeypatch.setattr(
+        dqn.ReplayMemory, "append", lambda memory, *row: stored.append(row[1:3]) or append(memory, *row)
+    )
+    args = dqn.Args(runs_dir=tmp_path, run_name="ends", total_timesteps=48, learning_starts=48, eval_episodes=0)
+    args.checkpoint_frequency = 0
+    monkeypatch.setattr(dqn, "make_eval_env", lambda args, rng, video_dir: Ends(rng))
+    dqn.train(args)
+    assert [bool(terminated) for _, terminated in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
+    assert {reward for reward, _ in stored} == {1.0}
+    assert json.loads((tmp_path / "ends" / "result.json").read_text())["train_return_mean"] == 30.0
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
