@@ -523,7 +523,7 @@ def train(args: Args) -> None:
     run_dir = args.runs_dir / args.run_name
     checkpoint = load_checkpoint(args)
     torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     env = make_env(args)
