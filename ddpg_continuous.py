@@ -56,6 +56,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -152,7 +153,7 @@ class Args:
     """gaussian, or ornstein-uhlenbeck (theta 0.15, as in the paper)"""
     exploration_noise: float = 0.1
     """standard deviation of the noise's draws, in units of half the range of each action"""
-    learning_starts: int = 25_000
+    learning_starts: int = 5_000
     """steps with random actions before the first update"""
     policy_frequency: int = 1
     """critic updates for each update of actor and targets"""
@@ -210,6 +211,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     if video_dir is None:
         return Restorable(gym.wrappers.RescaleAction(gym.make(args.env_id), np.float32(-1), np.float32(1)))
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's environments need no screen
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # nor do MuJoCo's
     env = gym.make(args.env_id, render_mode="rgb_array")
     env = Restorable(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     return gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
@@ -222,24 +225,31 @@ class MLP(nn.Module):
     """Hidden layers with normalisation and ReLU, then a linear layer.
 
     (batch, d_in) and, for the critic, the action (batch, d_extra) to (batch, d_out). The extra input joins at hidden
-    layer `extra_layer`, counted from 1.
+    layer `extra_layer`, counted from 1. Batch normalisation as in the paper's section 3: of the input, and of the
+    layers before the extra input joins.
     """
 
     def __init__(self, args: Args, d_in: int, d_out: int, d_extra: int = 0, extra_layer: int = 1):
         super().__init__()
-        norm = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": lambda _: nn.Identity()}[args.normalisation]
         widths = [d_in, *args.hidden_sizes]
         self.extra_layer = extra_layer if d_extra else 0
+        self.input_norm = nn.BatchNorm1d(d_in) if args.normalisation == "batch" else nn.Identity()
         self.hidden, self.norms = nn.ModuleList(), nn.ModuleList()
         for layer, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             self.hidden.append(nn.Linear(before + d_extra * (layer == self.extra_layer), after))
-            self.norms.append(norm(after))
+            if args.normalisation == "layer":
+                self.norms.append(nn.LayerNorm(after))
+            elif args.normalisation == "batch" and not 0 < self.extra_layer <= layer:
+                self.norms.append(nn.BatchNorm1d(after))
+            else:
+                self.norms.append(nn.Identity())
         self.last = nn.Linear(widths[-1], d_out)
         if args.final_init:
             nn.init.uniform_(self.last.weight, -args.final_init, args.final_init)
             nn.init.uniform_(self.last.bias, -args.final_init, args.final_init)
 
     def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.input_norm(x)
         for layer, (linear, norm) in enumerate(zip(self.hidden, self.norms, strict=True), start=1):
             x = torch.cat([x, extra], dim=1) if layer == self.extra_layer else x
             x = F.relu(norm(linear(x)), inplace=True)
@@ -432,10 +442,14 @@ def load_checkpoint(args: Args) -> dict | None:
         started = checkpoint["args"].get(name)
         if value != started and name not in may_differ and not name.startswith("wandb"):
             reject(args, name, f"{run_dir} was started with {started}; give the same flags")
-    replay = run_dir / REPLAY_FILE
-    if not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]:
-        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
     return checkpoint
+
+
+def check_replay_file(args: Args, checkpoint: dict | None) -> None:
+    """Ends the program where the file that a checkpoint refers to is gone."""
+    replay = args.runs_dir / args.run_name / REPLAY_FILE
+    if checkpoint and (not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]):
+        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -522,6 +536,7 @@ def train(args: Args) -> None:
     device = choose_device(args)
     run_dir = args.runs_dir / args.run_name
     checkpoint = load_checkpoint(args)
+    check_replay_file(args, checkpoint)
     torch.backends.cudnn.deterministic = True
     torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
     torch.manual_seed(args.seed)
@@ -786,23 +801,23 @@ def check_args(args: Args) -> None:
             "env_id",
             f"needs bounded actions, these are {action_space}; wrap it in gymnasium's ClipAction or the like",
         )
+    if args.capture_video:
+        with tempfile.TemporaryDirectory() as folder, make_env(args, Path(folder) / "videos") as env:
+            try:
+                env.reset()
+            except Exception as error:  # every renderer has its own
+                reject(args, "capture_video", f"{args.env_id} cannot be drawn here ({error!r})")
 
 
 def check_training(args: Args) -> None:
-    """Ends the program with one line where a run cannot start; creates nothing."""
-    if args.buffer_size < args.batch_size:
-        reject(args, "buffer_size", f"must hold a batch, {args.batch_size} or more")
+    """Ends the program with one line where the algorithm cannot run; creates nothing."""
     env = make_env(args)
     d_obs, d_action = env.observation_space.shape[0], env.action_space.shape[0]
-    check_run(args, replay_bytes=sum(replay_size(args)) * 4 * (2 * d_obs + d_action + 2))
+    check_replay(args, replay_bytes=sum(replay_size(args)) * 4 * (2 * d_obs + d_action + 2))
 
 
-def check_run(args: Args, replay_bytes: float) -> None:
-    """The checks of a run's length, folder and room, `replay_bytes` for its replay memory."""
-    if args.learning_starts < args.batch_size:
-        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
-    if args.learning_starts > args.total_timesteps:
-        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
+def check_run(args: Args) -> None:
+    """Ends the program with one line where the run's folder cannot be; creates nothing."""
     run_dir = args.runs_dir / args.run_name
     if Path(args.run_name).name != args.run_name or args.run_name == "..":
         reject(args, "run_name", f"must be a plain name, for a folder in --runs-dir {args.runs_dir}")
@@ -813,7 +828,19 @@ def check_run(args: Args, replay_bytes: float) -> None:
         reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
         fail("--track: Weights & Biases is not installed; pip install wandb")
+
+
+def check_replay(args: Args, replay_bytes: float) -> None:
+    """Ends the program with one line where learning cannot start, or `replay_bytes` have no room."""
+    if args.buffer_size < args.batch_size:
+        reject(args, "buffer_size", f"must hold a batch, {args.batch_size} or more")
+    if args.learning_starts < args.batch_size:
+        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
+    if args.learning_starts > args.total_timesteps:
+        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
+    run_dir = args.runs_dir / args.run_name
     if args.checkpoint_frequency:  # the replay memory is a file
+        folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
         replay = run_dir / REPLAY_FILE
         there = replay.stat().st_blocks * 512 if replay.exists() else 0
         needed = replay_bytes + 200e6  # with the checkpoint, its successor and the curves
@@ -873,6 +900,7 @@ def main() -> None:
     if args.resume and (run_dir / "result.json").exists():
         (run_dir / REPLAY_FILE).unlink(missing_ok=True)
         return print(f"{run_dir} is finished: see its result.json")
+    check_run(args)
     check_training(args)
     try:
         train(args)

@@ -553,10 +553,14 @@ def load_checkpoint(args: Args) -> dict | None:
         started = checkpoint["args"].get(name)
         if value != started and name not in may_differ and not name.startswith("wandb"):
             reject(args, name, f"{run_dir} was started with {started}; give the same flags")
-    replay = run_dir / REPLAY_FILE
-    if not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]:
-        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
     return checkpoint
+
+
+def check_replay_file(args: Args, checkpoint: dict | None) -> None:
+    """Ends the program where the file that a checkpoint refers to is gone."""
+    replay = args.runs_dir / args.run_name / REPLAY_FILE
+    if checkpoint and (not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]):
+        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -659,6 +663,7 @@ def train(args: Args) -> None:
     args = dataclasses.replace(args, precision=str(dtype).removeprefix("torch."))
     run_dir = args.runs_dir / args.run_name
     checkpoint = load_checkpoint(args)
+    check_replay_file(args, checkpoint)
     torch.backends.cudnn.deterministic = True
     torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
     torch.manual_seed(args.seed)
@@ -879,18 +884,14 @@ def check_args(args: Args) -> None:
 
 
 def check_training(args: Args) -> None:
-    """Ends the program with one line where a run cannot start; creates nothing."""
+    """Ends the program with one line where the algorithm cannot run; creates nothing."""
     if args.buffer_size < args.batch_size + STACK + 1:
         reject(args, "buffer_size", f"must hold a batch and its stacks, {args.batch_size + STACK + 1} or more")
-    check_run(args, replay_bytes=sum(replay_size(args)) * FRAME_SIZE**2)
+    check_replay(args, replay_bytes=sum(replay_size(args)) * FRAME_SIZE**2)
 
 
-def check_run(args: Args, replay_bytes: float) -> None:
-    """The checks of a run's length, folder and room, `replay_bytes` for its replay memory."""
-    if args.learning_starts < args.batch_size:
-        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
-    if args.learning_starts > args.total_timesteps:
-        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
+def check_run(args: Args) -> None:
+    """Ends the program with one line where the run's folder cannot be; creates nothing."""
     run_dir = args.runs_dir / args.run_name
     if Path(args.run_name).name != args.run_name or args.run_name == "..":
         reject(args, "run_name", f"must be a plain name, for a folder in --runs-dir {args.runs_dir}")
@@ -901,7 +902,19 @@ def check_run(args: Args, replay_bytes: float) -> None:
         reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
         fail("--track: Weights & Biases is not installed; pip install wandb")
+
+
+def check_replay(args: Args, replay_bytes: float) -> None:
+    """Ends the program with one line where learning cannot start, or `replay_bytes` have no room."""
+    if args.buffer_size < args.batch_size:
+        reject(args, "buffer_size", f"must hold a batch, {args.batch_size} or more")
+    if args.learning_starts < args.batch_size:
+        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
+    if args.learning_starts > args.total_timesteps:
+        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
+    run_dir = args.runs_dir / args.run_name
     if args.checkpoint_frequency:  # the replay memory is a file
+        folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
         replay = run_dir / REPLAY_FILE
         there = replay.stat().st_blocks * 512 if replay.exists() else 0
         needed = replay_bytes + 200e6  # with the checkpoint, its successor and the curves
@@ -953,6 +966,7 @@ def main() -> None:
     if args.resume and (run_dir / "result.json").exists():
         (run_dir / REPLAY_FILE).unlink(missing_ok=True)
         return print(f"{run_dir} is finished: see its result.json")
+    check_run(args)
     check_training(args)
     try:
         train(args)

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-SHORT = {  # runs of some seconds that fill and wrap their replay memory, and checkpoint
+SHORT = {  # runs of some seconds with eight checkpoints, that fill and wrap their replay memory
     "dqn_atari": [
         *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "1200"),
         *("--learning-starts", "100", "--buffer-size", "400", "--target-network-frequency", "100"),
@@ -21,7 +21,12 @@ SHORT = {  # runs of some seconds that fill and wrap their replay memory, and ch
         *("--checkpoint-frequency", "150", "--eval-frequency", "500", "--eval-episodes", "1", "--hidden-sizes", "32"),
         *("--noise", "ornstein-uhlenbeck", "--batch-size", "64"),
     ],
+    "mlp_regression": [
+        *("--dataset", "circle", "--noise", "0.1", "--optimizer", "adam", "--batch-size", "10", "--epochs", "100"),
+        *("--restarts", "2", "--checkpoint-frequency", "25"),
+    ],
 }
+AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments
 
 
 def spawn(command: list[object], cwd: Path, **options: object) -> subprocess.Popen:

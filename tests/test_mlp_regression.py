@@ -1,0 +1,516 @@
+"""Tests of mlp_regression.py against independent oracles; each says what it compares with."""
+
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from common import ROOT, message_of, run, scalars, spawn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mlp_regression as mlp
+
+CPU = torch.device("cpu")
+
+
+def made_args(**flags: object) -> mlp.Args:
+    args = mlp.Args(**flags)
+    mlp.fill_defaults(args)
+    return args
+
+
+def sigma(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+def test_mlp_is_its_formula(activation: str) -> None:
+    torch.manual_seed(0)
+    model = mlp.MLP(3, 2, (5, 4), activation).double()
+    w = weights_of(model)
+    x = np.random.default_rng(0).standard_normal((6, 3))
+    act = {"relu": lambda z: np.maximum(z, 0), "sigmoid": sigma, "tanh": np.tanh}[activation]
+    h = act(x @ w["layers.0.weight"].T + w["layers.0.bias"])
+    h = act(h @ w["layers.1.weight"].T + w["layers.1.bias"])
+    expected = h @ w["last.weight"].T + w["last.bias"]
+    np.testing.assert_allclose(model(torch.from_numpy(x)).detach().numpy(), expected)
+    np.testing.assert_allclose(model.hidden(torch.from_numpy(x))[-1].detach().numpy(), h)
+
+
+def test_linear_logistic_and_rbf_are_their_formulas() -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((6, 3))
+    linear, logistic = mlp.Linear(3, 2).double(), mlp.Logistic(3, 2).double()
+    rbf = mlp.RBFNetwork(3, 2, 4, torch.randn(9, 3)).double()
+    for model, squash in ((linear, lambda z: z), (logistic, sigma)):
+        w = weights_of(model)
+        for row, output in zip(x, model(torch.from_numpy(x)).detach().numpy(), strict=True):
+            expected = [w["last.bias"][k] + sum(w["last.weight"][k] * row) for k in range(2)]
+            np.testing.assert_allclose(output, squash(np.array(expected)))
+    w = weights_of(rbf)
+    for row, output in zip(x, rbf(torch.from_numpy(x)).detach().numpy(), strict=True):
+        rho = [np.exp(-((np.linalg.norm(row - c) / b) ** 2)) for c, b in zip(w["centres"], w["widths"], strict=True)]
+        np.testing.assert_allclose(output, w["last.weight"] @ rho)
+
+
+@pytest.mark.parametrize("model", ["linear", "logistic", "rbf", "mlp"])
+def test_gradients_are_finite_differences(model: str) -> None:
+    torch.manual_seed(0)
+    args = made_args(model=model, hidden_sizes=(4,), activation="tanh")
+    x, y = torch.randn(7, 2, dtype=torch.float64), torch.rand(7, 1, dtype=torch.float64)
+    network = mlp.make_model(args, 2, 1, x.float()).double()
+
+    def loss() -> torch.Tensor:
+        return torch.nn.functional.mse_loss(network(x), y)
+
+    loss().backward()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            flat, gradient = parameter.view(-1), parameter.grad.view(-1)
+            for i in range(len(flat)):
+                flat[i] += 1e-6
+                above = loss()
+                flat[i] -= 2e-6
+                below = loss()
+                flat[i] += 1e-6
+                assert gradient[i].item() == pytest.approx((above - below).item() / 2e-6, rel=1e-5, abs=1e-9)
+
+
+def test_midpoints_of_the_first_layer_lie_at_examples() -> None:
+    torch.manual_seed(0)
+    examples = torch.randn(50, 1)
+    model = mlp.make_model(made_args(hidden_sizes=(200,), init_scale=8.0), 1, 1, examples)
+    weight, bias = model.layers[0].weight.detach()[:, 0], model.layers[0].bias.detach()
+    assert weight.std().item() == pytest.approx(8, rel=0.2)
+    distance = (-(bias / weight)[:, None] - examples[:, 0]).abs().min(dim=1).values
+    assert distance.max() < 1e-5
+
+
+def test_the_printed_three_sigmoids_approximate_sin_of_2_pi_x() -> None:
+    """Errors of the lecture's network by its printed formula in NumPy, and as ours with those weights."""
+    x = np.linspace(-1, 1, 100_001)
+    f = 10.9 * sigma(-6.35 * x - 3.05) - 10.9 * sigma(6.35 * x - 3.05) - 36.6 * sigma(-1.3 * x) + 18.23
+    error = np.abs(f - np.sin(2 * np.pi * x))
+    assert (error.max(), np.sqrt((error**2).mean())) == (
+        pytest.approx(0.1323, abs=1e-4),
+        pytest.approx(0.0760, abs=1e-4),
+    )
+    assert np.abs(f - np.sin(x)).max() > 0.8  # what the lecture calls it
+
+    model = mlp.MLP(1, 1, (3,), "sigmoid")
+    model.load_state_dict(
+        {
+            "layers.0.weight": torch.tensor([[-6.35], [6.35], [-1.3]]),
+            "layers.0.bias": torch.tensor([-3.05, -3.05, 0.0]),
+            "last.weight": torch.tensor([[10.9, -10.9, -36.6]]),
+            "last.bias": torch.tensor([18.23]),
+        }
+    )
+    errors = mlp.function_errors(mlp.Args(), model, CPU)
+    assert errors["largest_error"] == pytest.approx(0.1323, abs=2e-4)
+    assert errors["function_rmse"] == pytest.approx(0.0760, abs=2e-4)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_of_sgd_by_hand() -> None:
+    """Each example once, in the shuffled order; minibatches of 4, 4 and 2, each a step down its own mean gradient."""
+    torch.manual_seed(0)
+    model = mlp.Linear(2, 1).double()
+    x, y = torch.randn(10, 2, dtype=torch.float64), torch.randn(10, 1, dtype=torch.float64)
+    w, w_0 = model.last.weight.detach().numpy()[0].copy(), model.last.bias.item()
+    optimizer = mlp.make_optimizer(made_args(optimizer="sgd", learning_rate=0.1), model)
+    torch.manual_seed(7)
+    order = torch.randperm(10).numpy()
+    torch.manual_seed(7)
+    loss = mlp.train_epoch(model, optimizer, x, y, 4)
+    squares = 0.0
+    for batch in (order[:4], order[4:8], order[8:]):
+        error = x.numpy()[batch] @ w + w_0 - y.numpy()[batch, 0]
+        squares += (error**2).sum()
+        w = w - 0.1 * (2 * error[:, None] * x.numpy()[batch]).mean(axis=0)
+        w_0 = w_0 - 0.1 * (2 * error).mean()
+    np.testing.assert_allclose(model.last.weight.detach().numpy()[0], w)
+    assert model.last.bias.item() == pytest.approx(w_0)
+    assert loss == pytest.approx(squares / 10)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_three_sigmoids_find_the_sine(seed: int, tmp_path: Path) -> None:
+    """The default command, against the largest error and RMSE that the lecture's printed network is to be beaten by."""
+    assert run("mlp_regression", "--seed", seed, "--run-name", "sine", cwd=tmp_path).returncode == 0
+    result = json.loads((tmp_path / "runs/sine/result.json").read_text())
+    assert result["largest_error"] <= 0.05
+    assert result["function_rmse"] <= 0.02
+    model = torch.load(tmp_path / "runs/sine/model.pt", weights_only=True)
+    w = {name: weight.numpy() for name, weight in model["weights"].items()}
+    x = np.linspace(-1, 1, 1_001)
+    h = sigma(np.outer(x, w["layers.0.weight"]) + w["layers.0.bias"])
+    assert h.shape == (1_001, 3)
+    error = np.abs(h @ w["last.weight"][0] + w["last.bias"] - np.sin(2 * np.pi * x))
+    assert error.max() == pytest.approx(result["largest_error"], abs=1e-3)
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> None:
+    """Few noisy examples and many units overfit: the best validation loss comes early."""
+    flags = ["--noise", "0.5", "--samples", "60", "--hidden-sizes", "30", "--restarts", "2"]
+    flags = [*flags, "--patience", "7", "--run-name", "noisy"]
+    assert run("mlp_regression", *flags, cwd=tmp_path).returncode == 0
+    run_dir = tmp_path / "runs" / "noisy"
+    losses = np.array([value for _, value in scalars(run_dir, "losses/validation")])
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["validation_loss"] == pytest.approx(losses.min())
+    assert result["epochs"] == len(losses) < 50
+    ends = [index for index, value in scalars(run_dir, "starts/validation_loss")]
+    assert ends == [1, 2]
+    assert losses[-8] == min(losses[-8:])  # seven epochs without a better one ended the last start
+    content = torch.load(run_dir / "model.pt", weights_only=True)
+    args = mlp.Args(**content["args"])
+    model = mlp.make_model(args, 1, 1)
+    model.load_state_dict(content["weights"])
+    x, y = mlp.make_data(args)[0]["validation"]
+    assert ((mlp.predict(model, torch.from_numpy(x)).numpy() - y) ** 2).mean() == pytest.approx(losses.min(), rel=1e-5)
+
+
+def test_lbfgs_killed_resumes_to_the_bit(tmp_path: Path) -> None:
+    """Its state is its history of steps and gradients; killed right after the second checkpoint."""
+    flags = ["--restarts", "2", "--epochs", "12", "--checkpoint-frequency", "5", "--run-name"]
+    assert run("mlp_regression", *flags, "whole", cwd=tmp_path).returncode == 0
+    killer = (
+        "import os, runpy, signal, sys; replace, names = os.replace, []\n"
+        "def killing_replace(source, target):\n"
+        "    replace(source, target); names.append(target)\n"
+        "    if len(names) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.replace = killing_replace; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = spawn(["-c", killer, ROOT / "mlp_regression.py", *flags, "killed"], tmp_path)
+    assert process.wait() == -signal.SIGKILL
+    assert run("mlp_regression", *flags, "killed", "--resume", cwd=tmp_path).returncode == 0
+    whole, killed = (
+        torch.load(tmp_path / "runs" / name / "model.pt", weights_only=True)["weights"] for name in ("whole", "killed")
+    )
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    curves = [scalars(tmp_path / "runs" / name, "losses/validation") for name in ("whole", "killed")]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 24
+
+
+def test_more_units_approximate_better(tmp_path: Path) -> None:
+    """The experiment: one folder for each number of units, the figures of each, and nothing done twice."""
+    flags = ["--units", "1", "3", "8", "--restarts", "6", "--run-name", "units", "--resume"]
+    result = run("mlp_regression", *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    folder = tmp_path / "runs" / "units"
+    errors = json.loads((folder / "result.json").read_text())["largest_error"]
+    assert errors[0] > 0.7 > 0.1 > errors[1] > errors[2]
+    for units, error in zip((1, 3, 8), errors, strict=True):
+        assert json.loads((folder / f"units-{units}" / "result.json").read_text())["largest_error"] == error
+        assert f"| {units} | {error:.4g} |" in result.stdout
+    assert_pictures(folder, ["largest_error"])
+    assert "finished" in run("mlp_regression", *flags, cwd=tmp_path).stdout
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def assert_pictures(run_dir: Path, tags: list[str]) -> None:
+    events = EventAccumulator(str(run_dir), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == set(tags)
+    for tag in tags:
+        for image in events.Images(tag):
+            pixels = imageio.imread(io.BytesIO(image.encoded_image_string))
+            assert pixels.std() > 10
+            assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dataset sine",
+        "--dataset sine --model rbf",
+        "--dataset circle --hidden-sizes 4 20",
+        "--dataset plane --model linear",
+    ],
+)
+def test_pictures_and_histograms(flags: str, tmp_path: Path) -> None:
+    flags += " --epochs 5 --restarts 1 --run-name drawn"
+    assert run("mlp_regression", *flags.split(), cwd=tmp_path).returncode == 0
+    events = EventAccumulator(str(tmp_path / "runs" / "drawn"), size_guidance={"images": 0})
+    events.Reload()
+    assert_pictures(tmp_path / "runs" / "drawn", ["model", "model/best"])
+    assert [event.step for event in events.Images("model")] == [1, 2, 4]
+    assert "last/weight" in events.Tags()["histograms"]
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def houses(rows: int = 200) -> pd.DataFrame:
+    """Two numbers, one with gaps, a category with gaps, a constant; the price has gaps too."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "area": rng.uniform(40, 200, rows),
+            "rooms": rng.integers(1, 7, rows).astype(float),
+            "city": rng.choice(["Bern", "Zug", "Basel"], rows, p=[0.5, 0.3, 0.2]),
+            "country": "CH",
+        }
+    )
+    frame["price"] = 3 * frame["area"] + 20 * frame["rooms"] + 150 * (frame["city"] == "Zug") + rng.normal(0, 5, rows)
+    frame.loc[3:9, "rooms"] = np.nan
+    frame.loc[12:15, "city"] = None
+    frame.loc[20:21, "price"] = np.nan
+    return frame
+
+
+def test_columns_become_numbers_as_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Standardised, gaps filled with the median and marked, one-hot: against each of them done by hand."""
+    frame = houses()
+    frame.to_csv(tmp_path / "houses.csv", index=False)
+    args = made_args(data=tmp_path / "houses.csv", target=("price",))
+    parts, encoding = mlp.make_data(args)
+    assert [len(parts[part][0]) for part in ("training", "validation", "test")] == [139, 20, 39]
+    x, y = (np.concatenate([parts[part][i] for part in parts]) for i in (0, 1))
+    prices = encoding["targets"][0]["mean"] + encoding["targets"][0]["std"] * y[:, 0].astype(np.float64)
+    known = frame.dropna(subset="price").reset_index(drop=True)
+    order = [int((known["price"] - price).abs().argmin()) for price in prices]
+    assert sorted(order) == list(range(198))
+    known = known.iloc[order].reset_index(drop=True)
+    training = known.iloc[:139]
+    rooms = known["rooms"].fillna(training["rooms"].median())
+    expected = [
+        (known["area"] - training["area"].mean()) / training["area"].std(ddof=0),
+        (rooms - rooms[:139].mean()) / rooms[:139].std(ddof=0),
+        known["rooms"].isna(),
+        *(known["city"] == city for city in training["city"].value_counts().index),
+        known["city"].isna(),
+    ]
+    np.testing.assert_allclose(x, np.stack([np.asarray(column, float) for column in expected], axis=1), atol=1e-5)
+    assert y[:139].mean() == pytest.approx(0, abs=1e-6)
+    assert y[:139].std() == pytest.approx(1, abs=1e-6)
+    said = capsys.readouterr().out
+    for line in (
+        "198 rows: 139 training, 20 validation, 39 test",
+        "2 rows without a target left out",
+        "column rooms: where it is missing, the median",
+        "column city: one-hot, 3 categories",
+        "column city: where it is missing, a category of its own",
+        "column country: constant, left out",
+    ):
+        assert line in said
+
+
+def test_nothing_leaks_from_test_to_training(tmp_path: Path) -> None:
+    """Whatever stands in the rows for validation and test, the encoding and the training examples stay the same."""
+    frame = houses().dropna(subset="price").reset_index(drop=True)
+    frame.to_csv(tmp_path / "houses.csv", index=False)
+    args = made_args(data=tmp_path / "houses.csv", target=("price",))
+    parts, encoding = mlp.make_data(args)
+    others = np.random.default_rng(args.seed).permutation(len(frame))[139:]
+    frame.loc[others, ["area", "rooms", "price"]] *= 1_000
+    frame.loc[others, "city"] = "Paris"
+    frame.to_csv(tmp_path / "houses.csv", index=False)
+    changed, changed_encoding = mlp.make_data(args)
+    assert changed_encoding == encoding
+    for ours, theirs in zip(parts["training"], changed["training"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(parts["test"][0], changed["test"][0])
+
+
+def test_linear_model_on_a_table_is_least_squares(tmp_path: Path) -> None:
+    """Two targets at once; predictions against NumPy's least squares on the same training rows, scores by hand."""
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame(rng.standard_normal((300, 3)) * [1, 50, 0.1] + [0, 1_000, 5], columns=["a", "b", "c"])
+    frame["u"] = frame["a"] - 0.02 * frame["b"] + rng.normal(0, 0.3, 300)
+    frame["v"] = 100 + 40 * frame["c"] ** 2 + rng.normal(0, 2, 300)
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    flags = ["--data", "table.csv", "--target", "u", "v", "--model", "linear", "--optimizer", "lbfgs"]
+    result = run("mlp_regression", *flags, "--run-name", "table", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+    rows = np.random.default_rng(1).permutation(300)
+    training, test = rows[:210], rows[240:]
+    design = np.column_stack([np.ones(300), frame[["a", "b", "c"]]])
+    targets = frame[["u", "v"]].to_numpy()
+    expected = design @ np.linalg.lstsq(design[training], targets[training], rcond=None)[0]
+    evaluated = run("mlp_regression", "--evaluate", "runs/table/model.pt", "--data", "table.csv", cwd=tmp_path)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    predicted = pd.read_csv(tmp_path / "runs/table/predictions__table.csv")
+    assert list(predicted.columns) == ["u", "v"]
+    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-2)
+
+    errors = expected[test] - targets[test]
+    figures = json.loads((tmp_path / "runs/table/result.json").read_text())
+    assert figures["test_mse"] == pytest.approx((errors**2).mean(), rel=1e-3)
+    assert figures["test_rmse"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-3)
+    r2 = [1 - (errors[:, k] ** 2).sum() / ((targets[test, k] - targets[test, k].mean()) ** 2).sum() for k in (0, 1)]
+    assert figures["test_r2"] == pytest.approx(np.mean(r2), abs=1e-3)
+    baseline = targets[training].mean(axis=0) - targets[test]
+    assert figures["test_baseline_mse"] == pytest.approx((baseline**2).mean(), rel=1e-4)
+    assert_pictures(tmp_path / "runs/table", ["model", "model/best"])
+
+
+def test_new_rows_without_targets_are_predicted(tmp_path: Path) -> None:
+    """Gaps and categories never seen before included; the same rows as in the training get the same predictions."""
+    frame = houses()
+    frame.to_csv(tmp_path / "houses.csv", index=False)
+    flags = ["--data", "houses.csv", "--target", "price", "--epochs", "20", "--run-name", "houses"]
+    assert run("mlp_regression", *flags, cwd=tmp_path).returncode == 0
+    new = frame.drop(columns=["price", "country"])[["rooms", "city", "area"]]
+    new.loc[0, "city"] = "Paris"
+    new.to_csv(tmp_path / "new.csv", index=False)
+    for data in ("houses.csv", "new.csv"):
+        result = run("mlp_regression", "--evaluate", "runs/houses/model.pt", "--data", data, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+    known, others = (pd.read_csv(tmp_path / f"runs/houses/predictions__{name}.csv") for name in ("houses", "new"))
+    np.testing.assert_array_equal(known[1:], others[1:])
+    assert known["price"][0] != others["price"][0]
+    assert np.isfinite(others["price"]).all()
+
+
+def test_evaluation_of_a_known_function_repeats(tmp_path: Path) -> None:
+    flags = ["--dataset", "spiral", "--epochs", "5", "--restarts", "1", "--seed", "4", "--run-name", "spiral"]
+    trained = run("mlp_regression", *flags, cwd=tmp_path)
+    evaluated = run("mlp_regression", "--evaluate", "runs/spiral/model.pt", cwd=tmp_path)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    assert evaluated.stdout.split("MSE", 1)[1] == trained.stdout.split("MSE", 1)[1]
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--dataset square", "--dataset square: choose one of sine, plane, circle, spiral"),
+        ("--model cnn", "--model cnn: choose one of linear, logistic, rbf, mlp"),
+        ("--activation gelu", "--activation gelu"),
+        ("--optimizer rmsprop", "--optimizer rmsprop"),
+        ("--epochs 0", "--epochs 0: must be greater than 0"),
+        ("--samples -1", "--samples -1"),
+        ("--noise -1", "--noise -1.0: must not be negative"),
+        ("--patience -1", "--patience -1"),
+        ("--restarts 0", "--restarts 0"),
+        ("--hidden-sizes 0", "--hidden-sizes (0,)"),
+        ("--model rbf --hidden-sizes 3 3", "an RBF network has one hidden layer"),
+        ("--batch-size 10", "lbfgs takes all examples at once"),
+        ("--samples 10 --optimizer sgd", "7 rows to train on are too few for --batch-size 10"),
+        ("--target y", "is for the columns of --data"),
+        ("--units 0 1", "--units (0, 1)"),
+        ("--units 1 --model linear", "--units (1,)"),
+        ("--model logistic", "there are targets from -0.999"),
+        ("--data no.csv --target price", "--data no.csv: No such file"),
+        ("--data folder --target price", "--data folder: Is a directory"),
+        ("--data houses.csv", "give the column to predict, with --target"),
+        ("--data houses.csv --target prize", "--target prize: houses.csv has no such column; did you mean price"),
+        ("--data houses.csv --target city", "column city has Basel in row 1, which is no finite number"),
+        ("--data houses.csv --target country", "column country has CH in row 1"),
+        ("--data houses.csv --target price --batch-size 140", "139 rows to train on are too few for --batch-size 140"),
+        ("--data houses.csv --target price --model logistic", "its values lie in (0, 1)"),
+        ("--data typo.csv --target price", "column price has 12O in row 5"),
+        ("--data infinite.csv --target price", "column area has inf in row 40"),
+        ("--data same.csv --target price", "--target price: it is constant"),
+        ("--data alone.csv --target price", "no column is left to predict from"),
+        ("--data twice.csv --target price", "more than one column is called area"),
+        ("--data ragged.csv --target b", "--data ragged.csv: not a CSV file"),
+        ("--data long.csv --target b", "--data long.csv: not a CSV file"),
+        ("--data binary.csv --target b", "--data binary.csv: not a CSV file"),
+        ("--data empty.csv --target b", "--data empty.csv: not a CSV file"),
+        ("--data header.csv --target b", "0 rows to train on"),
+        ("--evaluate model.pt", "give --data, a CSV file with the columns of"),
+        ("--evaluate model.pt --data fewer.csv", "columns area, city are missing"),
+        ("--evaluate model.pt --data header.csv", "are missing"),
+        ("--evaluate model.pt --data houses.csv --model linear", "was trained with mlp"),
+        ("--run-name whole --resume --data houses.csv --target price --epochs 2", "houses.csv has changed since"),
+    ],
+)
+def test_bad_input_of_regression(
+    flags: str,
+    expected: str,
+    trained_on_houses: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, exit status 2, nothing created and nothing changed."""
+    monkeypatch.chdir(tmp_path)
+    frame = houses()
+    frame.to_csv("houses.csv", index=False)
+    frame.astype({"price": object}).replace({"price": {frame["price"][4]: "12O"}}).to_csv("typo.csv", index=False)
+    frame.assign(area=frame["area"].where(frame.index != 39, np.inf)).to_csv("infinite.csv", index=False)
+    frame.assign(price=1.5).to_csv("same.csv", index=False)
+    frame[["country", "price"]].to_csv("alone.csv", index=False)
+    frame.drop(columns=["area", "city"]).to_csv("fewer.csv", index=False)
+    Path("twice.csv").write_text("area,area,price\n1,2,3\n")
+    Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    Path("long.csv").write_text("a,b\n1,2,3\n4,5,6\n")
+    Path("binary.csv").write_bytes(bytes(range(256)) * 10)
+    Path("empty.csv").touch()
+    Path("header.csv").write_text("a,b\n")
+    Path("folder").mkdir()
+    shutil.copytree(trained_on_houses, "runs/whole")
+    Path("runs/whole/result.json").unlink()
+    shutil.copy("runs/whole/model.pt", "model.pt")
+    if "whole" in flags:
+        frame.head(150).to_csv("houses.csv", index=False)
+        flags += " --checkpoint-frequency 1"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert expected in message_of(mlp, flags.split(), capsys, monkeypatch)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def trained_on_houses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("houses")
+    houses().to_csv(cwd / "houses.csv", index=False)
+    flags = ["--data", "houses.csv", "--target", "price", "--epochs", "2", "--checkpoint-frequency", "1"]
+    assert run("mlp_regression", *flags, "--run-name", "whole", cwd=cwd).returncode == 0
+    return cwd / "runs" / "whole"
+
+
+def test_divergence_is_named(tmp_path: Path) -> None:
+    flags = ["--optimizer", "sgd", "--learning-rate", "1e6", "--run-name", "diverged"]
+    result = run("mlp_regression", *flags, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "in epoch 1" in result.stderr
+    assert "lower --learning-rate" in result.stderr
+    assert not (tmp_path / "runs/diverged/result.json").exists()
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        line.split("python mlp_regression.py")[1].split("#")[0].split()
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("    ") and "python mlp_regression.py" in line
+    ],
+    ids=" ".join,
+)
+def test_readme_commands(flags: list[str], trained_on_houses: Path, tmp_path: Path) -> None:
+    """Each command that the README gives for the script runs, cut down to two epochs."""
+    houses().to_csv(tmp_path / "houses.csv", index=False)
+    houses().drop(columns="price").to_csv(tmp_path / "new.csv", index=False)
+    shutil.copytree(trained_on_houses, tmp_path / "runs" / "NAME")
+    if "--evaluate" not in flags:
+        flags = [*flags, "--epochs", "2", "--restarts", "1"]
+    result = run("mlp_regression", *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
