@@ -220,10 +220,10 @@ def fit_encoding(frame: pd.DataFrame, targets: tuple[str, ...], training: np.nda
     encoding = {"inputs": [], "targets": []}
     for name in frame.columns:
         if name in targets:
-            values = numbers(known, name, "--target")
+            values = numbers(frame, name, "--target")[training]
             encoding["targets"].append({"name": name, "mean": float(values.mean()), "std": float(values.std())})
         elif pd.api.types.is_numeric_dtype(frame[name]):
-            values = numbers(known, name, "--data")
+            values = numbers(frame, name, "--data")[training]
             missing = np.isnan(values)
             median = float(np.nanmedian(values)) if not missing.all() else 0.0
             values = np.where(missing, median, values)
