@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 SCRIPT = Path(__file__).parent.parent / "mlp_regression.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import mlp_regression as mlp
+import mlp_regression as mlp  # noqa: E402
 
 
 @dataclasses.dataclass
