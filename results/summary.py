@@ -5,10 +5,10 @@
     python results/summary.py results                             # redraws everything that is published
 
 A finished run gets a returns.csv: the step at which each training episode ended and its return (for regression, epoch
-and validation loss). Beside it lie the script's own args.json and result.json; every figure comes from these three. Runs
-that differ in more than the seed are told apart. Mean and standard deviation over seeds, the interquartile mean with a
-95 % bootstrap interval, and for the 57 Atari games that the literature normalises (atari_random_human.csv, from DQN Zoo)
-the score relative to a random player, 0 %, and a human, 100 %.
+and validation loss). Beside it lie the script's own args.json and result.json; every figure comes from these three.
+Runs that differ in more than the seed are told apart. Over seeds: mean and standard deviation, interquartile mean with
+a 95 % bootstrap interval. For the 57 Atari games that the literature normalises (atari_random_human.csv, from DQN
+Zoo): the score relative to a random player, 0 %, and a human, 100 %.
 """
 
 # /// script
