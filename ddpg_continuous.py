@@ -437,12 +437,17 @@ def load_checkpoint(args: Args) -> dict | None:
     if not (args.resume and (run_dir / "checkpoint.pt").exists()):
         return None
     checkpoint = load(run_dir / "checkpoint.pt", "--resume", "checkpoint")
+    check_same_flags(args, checkpoint["args"])
+    return checkpoint
+
+
+def check_same_flags(args: Args, started: dict) -> None:
+    """Ends the program where a run goes on with other flags than it was started with."""
     may_differ = {"resume", "runs_dir", "run_name", "device", "eval_episodes", "evaluate", "capture_video", "track"}
     for name, value in plain(args).items():
-        started = checkpoint["args"].get(name)
-        if value != started and name not in may_differ and not name.startswith("wandb"):
-            reject(args, name, f"{run_dir} was started with {started}; give the same flags")
-    return checkpoint
+        if value != started.get(name) and name not in may_differ and not name.startswith("wandb"):
+            run_dir = args.runs_dir / args.run_name
+            reject(args, name, f"{run_dir} was started with {started.get(name)}; give the same flags")
 
 
 def check_replay_file(args: Args, checkpoint: dict | None) -> None:

@@ -39,7 +39,6 @@ them: from usual starts three sigmoids do not find the sine. `--restarts` and `-
 # ///
 
 import copy
-import csv
 import dataclasses
 import difflib
 import hashlib
@@ -72,6 +71,7 @@ try:
 except ImportError:  # Windows: runs are not locked
     fcntl = None
 
+warnings.filterwarnings("ignore", "Glyph")  # of columns' names in scripts that the pictures' font lacks
 SCRIPT = Path(__file__).stem
 MAX_CATEGORIES = 50  # of a column; rarer ones share the code of all zeros
 PARTS = {"training": 0.7, "validation": 0.1, "test": 0.2}  # of the rows
@@ -98,7 +98,7 @@ class Args:
     """name of this run's folder in the runs' folder; default DATA__SCRIPT__SEED__TIMESTAMP"""
     resume: bool = False
     """go on from the checkpoint of --run-name; start the run where there is none"""
-    checkpoint_frequency: int = 1_000
+    checkpoint_frequency: int = 100
     """epochs between two checkpoints; 0 switches them off"""
     evaluate: Path | None = None
     """a model.pt to evaluate, instead of training; with --data, its predictions go to a CSV file"""
@@ -130,7 +130,7 @@ class Args:
     """relu, sigmoid or tanh. Default: sigmoid; with --data relu"""
     init_scale: float | None = None
     """an MLP's first layer starts with weights of this standard deviation, each unit's midpoint at a random example.
-    Default: 8 with lbfgs, else 0: as PyTorch does"""
+    Default: 8 with lbfgs on a --dataset, else 0: as PyTorch does"""
 
     # The training
     optimizer: str | None = None
@@ -160,7 +160,7 @@ def fill_defaults(args: Args) -> None:
     lbfgs = args.optimizer == "lbfgs"
     default("epochs", 25 if lbfgs else 1_000)
     default("learning_rate", 1.0 if lbfgs else 1e-3)
-    default("init_scale", 8.0 if lbfgs else 0.0)
+    default("init_scale", 8.0 if lbfgs and not args.data else 0.0)
     default("restarts", 20 if lbfgs and args.model in ("rbf", "mlp") else 1)
     if not lbfgs:
         default("batch_size", 10 if args.optimizer == "sgd" else 64)
@@ -183,22 +183,25 @@ def fail(message: str) -> NoReturn:
 def read_table(path: Path, targets: tuple[str, ...], text: tuple[str, ...] = ()) -> pd.DataFrame:
     """A CSV file with a header, `text` columns unparsed; ends the program where it is none, or has no such targets."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
+        options = {"index_col": False, "encoding": "utf-8-sig"}
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options).iloc[0].tolist()
+        options["skip_blank_lines"] = len(header) > 1  # in a single column a missing value is a blank line
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             frame = pd.read_csv(
                 path, index_col=False, encoding="utf-8-sig", low_memory=False, dtype=dict.fromkeys(text, str)
             )
     except OSError as error:
         fail(f"--data {path}: {error.strerror}")
-    except (ValueError, csv.Error, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         fail(f"--data {path}: not a CSV file with a header ({str(error).splitlines()[0]})")
     twice = {name for name in header if header.count(name) > 1}
     if twice:
-        fail(f"--data {path}: more than one column is called {', '.join(sorted(twice))}")
+        fail(f"--data {path}: more than one column is called {', '.join(map(repr, sorted(twice)))}")
     for name in targets:
         if name not in frame:
-            near = difflib.get_close_matches(name, frame.columns, n=3, cutoff=0.4) or frame.columns[:5]
+            lower = {column.lower(): column for column in frame.columns}
+            near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
+            near = near or frame.columns[:5]
             fail(f"--target {name}: {path} has no such column; did you mean {', '.join(near)}?")
     return frame
 
@@ -216,26 +219,30 @@ def numbers(frame: pd.DataFrame, name: str, flag: str) -> np.ndarray:
 
 def fit_encoding(frame: pd.DataFrame, targets: tuple[str, ...], training: np.ndarray) -> dict:
     """How columns become numbers, from the training rows alone: means, deviations, medians, categories."""
-    known = frame.iloc[training]
     encoding = {"inputs": [], "targets": []}
-    for name in frame.columns:
-        if name in targets:
-            values = numbers(frame, name, "--target")[training]
-            encoding["targets"].append({"name": name, "mean": float(values.mean()), "std": float(values.std())})
-        elif pd.api.types.is_numeric_dtype(frame[name]):
+    for name in targets:
+        values = numbers(frame, name, "--target")[training]
+        if values.min() == values.max():
+            fail(f"--target {name}: it is {values[0]:g} in every row to train on, there is nothing to learn")
+        encoding["targets"].append({"name": name, "mean": float(values.mean()), "std": float(values.std())})
+    for name in frame.columns.drop(list(targets)):
+        if pd.api.types.is_numeric_dtype(frame[name].dropna().infer_objects()):  # true and false are numbers too
             values = numbers(frame, name, "--data")[training]
             missing = np.isnan(values)
-            median = float(np.nanmedian(values)) if not missing.all() else 0.0
+            if missing.all() or (values.min() == values.max() and not missing.any()):
+                continue
+            median = float(np.nanmedian(values))
+            constant = np.nanmin(values) == np.nanmax(values)  # but for the gaps
             values = np.where(missing, median, values)
-            if values.std() > 1e-12 * max(1.0, abs(median)) or (missing.any() and not missing.all()):
-                scale = {"median": median, "mean": float(values.mean()), "std": float(values.std()) or 1.0}
-                encoding["inputs"].append({"name": name, "missing": bool(missing.any()), **scale})
+            scale = {"median": median, "mean": float(values.mean()), "std": 1.0 if constant else float(values.std())}
+            encoding["inputs"].append({"name": name, "missing": bool(missing.any()), **scale})
         else:
-            counts = known[name].value_counts()
-            categories = [str(category) for category in counts.index[:MAX_CATEGORIES]]
-            missing = bool(known[name].isna().any())
-            if len(categories) + missing > 1:
-                encoding["inputs"].append({"name": name, "missing": missing, "categories": categories})
+            known = frame[name].iloc[training]
+            counts, missing = known.value_counts(), bool(known.isna().any())
+            if len(counts) + missing > 1 and (len(counts) < known.count() or missing):
+                categories = [str(category) for category in counts.index[:MAX_CATEGORIES]]
+                column = {"name": name, "missing": missing, "categories": categories, "distinct": len(counts)}
+                encoding["inputs"].append(column)
     return encoding
 
 
@@ -253,8 +260,7 @@ def encode(frame: pd.DataFrame, encoding: dict) -> np.ndarray:
             columns.append((np.where(missing, column["median"], values) - column["mean"]) / column["std"])
         if column["missing"]:
             columns.append(missing)
-        columns[:] = [values.astype(np.float32, copy=False) for values in columns]
-    return np.stack(columns, axis=1)
+    return np.stack(columns, axis=1, dtype=np.float32, casting="unsafe")
 
 
 def describe(frame: pd.DataFrame, encoding: dict, dropped: int, sizes: list[int]) -> None:
@@ -264,14 +270,19 @@ def describe(frame: pd.DataFrame, encoding: dict, dropped: int, sizes: list[int]
         print(f"{dropped:,} rows without a target left out")
     for column in encoding["inputs"]:
         if "categories" in column:
-            print(f"column {column['name']}: one-hot, {len(column['categories'])} categories")
+            text = frame[column["name"]][pd.to_numeric(frame[column["name"]], errors="coerce").isna()].dropna()
+            almost = (
+                f"; numbers but for {text.iloc[0]} in row {text.index[0] + 1}" if len(text) < len(frame) / 2 else ""
+            )
+            known = f"{len(column['categories'])} of {column['distinct']} categories"
+            print(f"column {column['name']}: one-hot, {known}{almost}")
         if column["missing"]:
             instead = "a category of its own" if "categories" in column else f"the median {column['median']:g}, marked"
             print(f"column {column['name']}: where it is missing, {instead}")
     used = {column["name"] for column in encoding["inputs"] + encoding["targets"]}
     for name in frame.columns:
         if name not in used:
-            print(f"column {name}: constant, left out")
+            print(f"column {name}: constant, or different in every row, left out")
 
 
 def known_function(args: Args, x: np.ndarray) -> np.ndarray:
@@ -292,23 +303,23 @@ def make_data(args: Args) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dic
         rows = args.samples
         d = DATASETS[args.dataset][0]
         encoding = {"inputs": [{"name": f"x{i + 1}"} for i in range(d)], "targets": [{"name": "y"}]}
-        encoding["targets"][0] |= {"mean": 0.0, "std": 1.0}
+        encoding["targets"][0] |= {"mean": 0.0, "std": 1.0}  # neither is standardised
         x = rng.uniform(-1, 1, (rows, d)).astype(np.float32)
         y = known_function(args, x) + args.noise * rng.standard_normal((rows, 1), np.float32)
     order = rng.permutation(rows)
     bounds = np.cumsum([round(rows * PARTS["training"]), round(rows * PARTS["validation"])])
     split = np.split(order, bounds)
     flag = f"--data {args.data}" if args.data else f"--samples {args.samples}"
-    if min(map(len, split)) < 2 or len(split[0]) < (args.batch_size or 1):
-        fail(f"{flag}: {len(split[0])} rows to train on are too few for --batch-size {args.batch_size or 'of all'}")
+    if min(map(len, split)) < 2:
+        fail(f"{flag}: {rows} rows are too few: training, validation and test need two each")
+    if len(split[0]) < (args.batch_size or 1):
+        fail(f"{flag}: {len(split[0])} rows to train on are too few for --batch-size {args.batch_size}")
     if args.data:
         encoding = fit_encoding(frame, args.target, split[0])
         if not encoding["inputs"]:
             fail(f"{flag}: no column is left to predict from")
-        for column in encoding["targets"]:
-            if not column["std"] > 0:
-                fail(f"--target {column['name']}: it is constant, there is nothing to learn")
-            if args.model == "logistic":  # sigma's values lie in (0, 1)
+        if args.model == "logistic":  # sigma's values lie in (0, 1)
+            for column in encoding["targets"]:
                 column |= {"mean": 0.0, "std": 1.0}
         describe(frame, encoding, int((~complete).sum()), [len(part) for part in split])
         x = encode(frame, encoding)
@@ -316,7 +327,10 @@ def make_data(args: Args) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dic
         y = ((targets - mean) / std).astype(np.float32)
     if args.model == "logistic" and not (y.min() >= 0 and y.max() <= 1):
         fail(f"--model logistic: its values lie in (0, 1), but there are targets from {y.min():g} to {y.max():g}")
-    return {part: (x[rows], y[rows]) for part, rows in zip(PARTS, split, strict=True)}, encoding
+    parts = {part: (x[rows], y[rows]) for part, rows in zip(PARTS, split, strict=True)}
+    mean, std = target_scale(encoding)
+    encoding["baseline"] = (mean + std * parts["training"][1].mean(axis=0, dtype=np.float64)).tolist()
+    return parts, encoding
 
 
 def target_scale(encoding: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -369,8 +383,7 @@ class RBFNetwork(nn.Module):
         self.last = nn.Linear(units, k, bias=False)
 
     def hidden(self, x: torch.Tensor) -> list[torch.Tensor]:
-        squares = (x[:, None] - self.centres).square().sum(dim=2)
-        return [torch.exp(-squares / self.widths.square())]
+        return [torch.exp(-(torch.cdist(x, self.centres) / self.widths).square())]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.hidden(x)[0])
@@ -408,9 +421,7 @@ class MLP(nn.Module):
         return values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = self.activation(layer(x))
-        return self.last(x)
+        return self.last(self.hidden(x)[-1])
 
 
 def make_model(args: Args, d: int, k: int, examples: torch.Tensor | None = None) -> nn.Module:
@@ -503,7 +514,7 @@ def picture_of_sum(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tenso
     if model.last.bias is not None:
         below.axhline(model.last.bias[0].item(), color="black", linestyle="--", linewidth=1, label="constant")
         below.legend(loc="upper right")
-    below.set(xlabel="x", title="what each unit adds")
+    below.set(xlabel="x, standardised" if args.data else "x", title="what each unit adds")
     return figure
 
 
@@ -598,12 +609,17 @@ def load_checkpoint(args: Args) -> dict | None:
     if not (args.resume and (run_dir / "checkpoint.pt").exists()):
         return None
     checkpoint = load(run_dir / "checkpoint.pt", "--resume", "checkpoint")
+    check_same_flags(args, checkpoint["args"])
+    return checkpoint
+
+
+def check_same_flags(args: Args, started: dict) -> None:
+    """Ends the program where a run goes on with other flags than it was started with."""
     may_differ = {"resume", "runs_dir", "run_name", "device", "eval_episodes", "evaluate", "capture_video", "track"}
     for name, value in plain(args).items():
-        started = checkpoint["args"].get(name)
-        if value != started and name not in may_differ and not name.startswith("wandb"):
-            reject(args, name, f"{run_dir} was started with {started}; give the same flags")
-    return checkpoint
+        if value != started.get(name) and name not in may_differ and not name.startswith("wandb"):
+            run_dir = args.runs_dir / args.run_name
+            reject(args, name, f"{run_dir} was started with {started.get(name)}; give the same flags")
 
 
 def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -612,14 +628,17 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([model(rows) for rows in x.split(16_384)])
 
 
-def scores(prediction: np.ndarray, target: np.ndarray, baseline: np.ndarray) -> dict:
-    """MSE, RMSE and R^2 of predictions (n, k), and the MSE of predicting `baseline` (k,); means over the targets."""
+def scores(prediction: np.ndarray, target: np.ndarray, baseline: list[float]) -> dict:
+    """MSE, RMSE and R^2 of predictions (n, k), and the MSE of predicting `baseline` (k,); means over the targets.
+
+    R^2 is None where a target has one value only.
+    """
     mse, baseline_mse = ((values - target) ** 2 for values in (prediction, baseline))
-    variance = target.var(axis=0)
+    varied = (target.min(axis=0) < target.max(axis=0)).all()
     return {
         "mse": float(mse.mean()),
         "rmse": math.sqrt(mse.mean()),
-        "r2": float((1 - mse.mean(axis=0) / variance).mean()) if variance.all() else math.nan,
+        "r2": float((1 - mse.mean(axis=0) / target.var(axis=0)).mean()) if varied else None,
         "baseline_mse": float(baseline_mse.mean()),
     }
 
@@ -635,7 +654,8 @@ def function_errors(args: Args, model: nn.Module, device: torch.device) -> dict:
 
 def report(test: dict, errors: dict) -> str:
     """The figures in a line."""
-    line = f"MSE {test['mse']:.4g}, RMSE {test['rmse']:.4g}, R^2 {test['r2']:.4f}"
+    r2 = "-" if test["r2"] is None else f"{test['r2']:.4f}"
+    line = f"MSE {test['mse']:.4g}, RMSE {test['rmse']:.4g}, R^2 {r2}"
     line += f"; predicting the mean: MSE {test['baseline_mse']:.4g}"
     if errors:
         line += f"; largest error on the function {errors['largest_error']:.4g}, RMSE {errors['function_rmse']:.4g}"
@@ -645,7 +665,18 @@ def report(test: dict, errors: dict) -> str:
 def evaluate_model(args: Args) -> None:
     """Scores a model.pt, and with --data writes its predictions to a CSV file beside it."""
     content = load(args.evaluate, "--evaluate", "model")
-    names = ("seed", "dataset", "samples", "noise", "target", "model", "hidden_sizes", "activation", "batch_size")
+    names = (
+        "seed",
+        "dataset",
+        "samples",
+        "noise",
+        "target",
+        "model",
+        "hidden_sizes",
+        "activation",
+        "optimizer",
+        "batch_size",
+    )
     trained = Args(**{name: content["args"][name] for name in names})
     args = tyro.cli(Args, default=trained)
     changed = [name for name in names if getattr(args, name) != getattr(trained, name)]
@@ -676,12 +707,14 @@ def evaluate_model(args: Args) -> None:
     model = make_model(args, x.shape[1], len(mean)).to(device)
     model.load_state_dict(content["weights"])
     prediction = mean + std * predict(model, torch.from_numpy(x).to(device)).cpu().numpy()
-    if target is not None:
-        known = ~np.isnan(target).any(axis=1)
+    known = None if target is None else ~np.isnan(target).any(axis=1)
+    if known is not None and known.any():
         errors = {} if args.data else function_errors(args, model, device)
-        print(f"{args.evaluate}: {report(scores(prediction[known], target[known], mean), errors)}")
+        print(f"{args.evaluate}: {report(scores(prediction[known], target[known], encoding['baseline']), errors)}")
     if args.data:
         path = args.evaluate.parent / f"predictions__{args.data.stem}.csv"
+        if not os.access(path.parent, os.W_OK):
+            fail(f"--evaluate: the predictions would go into {path.parent}, which cannot be written to")
         temporary = path.with_name(path.name + ".tmp")
         pd.DataFrame(prediction, columns=[column["name"] for column in encoding["targets"]]).to_csv(
             temporary, index=False
@@ -709,7 +742,6 @@ class Progress:
     epoch: int = 0  # of this start
     best_loss: float = math.inf  # of this start, on the validation examples, in units of the targets' variance
     stale_epochs: int = 0  # since then
-    losses: list[float] = dataclasses.field(default_factory=list)  # best of each start that has ended
     wall_seconds: float = 0.0
     train_seconds: float = 0.0
 
@@ -760,15 +792,15 @@ def train(args: Args) -> None:
     device = choose_device(args)
     run_dir = args.runs_dir / args.run_name
     checkpoint = load_checkpoint(args)
-    if checkpoint and checkpoint["digest"] != digest(args):
-        fail(f"--resume: {args.data} has changed since {run_dir} was started")
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(args.seed)
     arrays, encoding = make_data(args)
+    data_digest = digest(args)
+    if checkpoint and checkpoint["digest"] != data_digest:
+        fail(f"--resume: {args.data} has changed since {run_dir} was started")
     parts = {part: tuple(torch.from_numpy(array).to(device) for array in arrays[part]) for part in PARTS}
     x, y = parts["training"]
-    x_validation, y_validation = parts["validation"]
-    variance = y_validation.var(unbiased=False).item()
+    x_validation, _ = parts["validation"]
     run_dir.mkdir(parents=True, exist_ok=args.resume)
     lock(run_dir)
     if not checkpoint:
@@ -787,7 +819,7 @@ def train(args: Args) -> None:
             "script": SCRIPT,
             "kind": "checkpoint",
             "args": plain(args),
-            "digest": digest(args),
+            "digest": data_digest,
             "progress": dataclasses.asdict(progress),
             "weights": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -817,12 +849,11 @@ def train(args: Args) -> None:
     while not stop_signals:
         # 6: an epoch; after the last one, the next start
         if progress.epoch == args.epochs or 0 < args.patience <= progress.stale_epochs:
-            progress.losses.append(progress.best_loss)
             if args.restarts > 1:
                 display.say(
                     f"start {progress.start + 1}/{args.restarts}: validation RMSE {progress.best_loss**0.5:.4g}"
                 )
-                writer.add_scalar("starts/validation_loss", progress.best_loss, len(progress.losses))
+                writer.add_scalar("starts/validation_loss", progress.best_loss, progress.global_step)
             if progress.start + 1 == args.restarts:
                 break
             progress.start, progress.epoch, progress.stale_epochs = progress.start + 1, 0, 0
@@ -830,10 +861,12 @@ def train(args: Args) -> None:
             model, optimizer = begin()  # 5
         epoch_start = time.perf_counter()
         loss = train_epoch(model, optimizer, x, y, args.batch_size)  # 7 to 12
-        validation_loss = F.mse_loss(predict(model, x_validation), y_validation).item()
+        validation = scores(predict(model, x_validation).cpu().numpy(), arrays["validation"][1], [0.0] * y.shape[1])
+        validation_loss = validation["mse"]
         if not math.isfinite(loss + validation_loss):
             writer.close()
-            fail(f"the loss is {loss} in epoch {progress.epoch + 1}; try a lower --learning-rate")
+            where = f"epoch {progress.epoch + 1}" + (f" of start {progress.start + 1}" if args.restarts > 1 else "")
+            fail(f"the loss is no longer finite in {where}; try a lower --learning-rate than {args.learning_rate:g}")
         progress.global_step += 1
         progress.epoch += 1
         progress.stale_epochs += 1
@@ -849,7 +882,8 @@ def train(args: Args) -> None:
         step = progress.global_step
         writer.add_scalar("losses/train", loss, step)
         writer.add_scalar("losses/validation", validation_loss, step)
-        writer.add_scalar("charts/validation_r2", 1 - validation_loss / variance, step)
+        if validation["r2"] is not None:
+            writer.add_scalar("charts/validation_r2", validation["r2"], step)
         if progress.start == 0 and progress.epoch & (progress.epoch - 1) == 0:  # 1, 2, 4, 8, ...
             writer.add_figure("model", picture(args, model, parts, encoding), step)
             for name, weight in model.named_parameters():
@@ -872,11 +906,12 @@ def train(args: Args) -> None:
     mean, std = target_scale(encoding)
     x_test, y_test = parts["test"]
     prediction = mean + std * predict(model, x_test).cpu().numpy()
-    test = scores(prediction, mean + std * y_test.cpu().numpy(), mean)
+    test = scores(prediction, mean + std * y_test.cpu().numpy(), encoding["baseline"])
     errors = {} if args.data else function_errors(args, model, device)
     writer.add_figure("model/best", picture(args, model, parts, encoding), progress.global_step)
     for name, value in (test | errors).items():
-        writer.add_scalar(f"test/{name}", value, progress.global_step)
+        if value is not None:
+            writer.add_scalar(f"test/{name}", value, progress.global_step)
     writer.close()
     save(
         run_dir / "result.json",
@@ -906,6 +941,13 @@ def train(args: Args) -> None:
 def train_with_units(args: Args) -> None:
     """Trains once with each number of hidden units, in folders of their own, and plots the largest error."""
     run_dir, errors = args.runs_dir / args.run_name, []
+    if (run_dir / "args.json").exists():
+        started = json.loads((run_dir / "args.json").read_text())
+        check_same_flags(
+            args, {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in started.items()}
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save(run_dir / "args.json", plain(args))
     for units in args.units:
         run = dataclasses.replace(args, units=(), hidden_sizes=(units,), run_name=f"{args.run_name}/units-{units}")
         result = run_dir / f"units-{units}" / "result.json"
@@ -972,6 +1014,8 @@ def check_args(args: Args) -> None:
         reject(args, "hidden_sizes", "an RBF network has one hidden layer")
     if args.data and not args.target:
         fail(f"--data {args.data}: give the column to predict, with --target")
+    if len(set(args.target)) < len(args.target):
+        reject(args, "target", "names a column twice")
     if args.target and not (args.data or args.evaluate):
         reject(args, "target", "is for the columns of --data")
     if args.units and (args.data or args.model not in ("mlp", "rbf") or min(args.units) < 1):

@@ -1,6 +1,7 @@
 """Tests of mlp_regression.py against independent oracles; each says what it compares with."""
 
 import io
+import itertools
 import json
 import shutil
 import signal
@@ -175,8 +176,9 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> Non
     result = json.loads((run_dir / "result.json").read_text())
     assert result["validation_loss"] == pytest.approx(losses.min())
     assert result["epochs"] == len(losses) < 50
-    ends = [index for index, value in scalars(run_dir, "starts/validation_loss")]
-    assert ends == [1, 2]
+    ends = [step for step, value in scalars(run_dir, "starts/validation_loss")]
+    assert len(ends) == 2
+    assert ends[1] == len(losses)
     assert losses[-8] == min(losses[-8:])  # seven epochs without a better one ended the last start
     content = torch.load(run_dir / "model.pt", weights_only=True)
     args = mlp.Args(**content["args"])
@@ -222,20 +224,57 @@ def test_more_units_approximate_better(tmp_path: Path) -> None:
         assert f"| {units} | {error:.4g} |" in result.stdout
     assert_pictures(folder, ["largest_error"])
     assert "finished" in run("mlp_regression", *flags, cwd=tmp_path).stdout
+    (folder / "result.json").unlink()
+    mixed = run("mlp_regression", *flags, "--seed", "2", cwd=tmp_path)
+    assert mixed.returncode == 2
+    assert "--seed 2: runs/units was started with 1" in mixed.stderr
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_picture_of_one_input_adds_up() -> None:
+    """Above, the fit is f(x); below, the units and the constant add up to it."""
+    torch.manual_seed(0)
+    args = made_args()
+    parts, encoding = mlp.make_data(args)
+    model = mlp.make_model(args, 1, 1, torch.from_numpy(parts["training"][0]))
+    figure = mlp.picture(args, model, {part: tuple(map(torch.from_numpy, parts[part])) for part in parts}, encoding)
+    above, below = figure.axes
+    assert above.collections[0].get_offsets().shape == (700, 2)
+    function, fit = above.lines
+    x = fit.get_xdata()
+    np.testing.assert_allclose(function.get_ydata().ravel(), np.sin(2 * np.pi * x).ravel(), atol=1e-6)
+    predicted = model(torch.from_numpy(x).view(-1, 1)).detach().numpy()[:, 0]
+    np.testing.assert_allclose(fit.get_ydata(), predicted, atol=1e-5)
+    *units, constant = (line.get_ydata() for line in below.lines)
+    assert len(units) == 3
+    np.testing.assert_allclose(sum(units) + constant[0], predicted, atol=1e-5)
+
+
+def test_the_maps_of_two_inputs_show_the_prediction_and_each_unit() -> None:
+    torch.manual_seed(0)
+    args = made_args(dataset="circle", hidden_sizes=(4, 20))
+    parts, encoding = mlp.make_data(args)
+    model = mlp.make_model(args, 2, 1)
+    figure = mlp.picture(args, model, {part: tuple(map(torch.from_numpy, parts[part])) for part in parts}, encoding)
+    maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(maps) == 1 + 4 + 16  # of the second layer the first 16
+    x = parts["training"][0]
+    corner = torch.from_numpy(np.stack([x.min(axis=0), [x[:, 0].min(), x[:, 1].max()]]))  # lower left, upper left
+    for shown, expected in zip(maps, [model(corner), *torch.cat(model.hidden(corner), dim=1)[:, :20].T], strict=True):
+        assert [shown[0, 0], shown[-1, 0]] == pytest.approx(expected.detach().ravel().tolist(), abs=1e-5)
+
+
 def assert_pictures(run_dir: Path, tags: list[str]) -> None:
+    """They are there, and each differs from the one before."""
     events = EventAccumulator(str(run_dir), size_guidance={"images": 0})
     events.Reload()
     assert set(events.Tags()["images"]) == set(tags)
     for tag in tags:
-        for image in events.Images(tag):
-            pixels = imageio.imread(io.BytesIO(image.encoded_image_string))
-            assert pixels.std() > 10
-            assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+        pictures = [imageio.imread(io.BytesIO(image.encoded_image_string)) for image in events.Images(tag)]
+        assert all(picture.std() > 10 for picture in pictures)
+        assert not any(np.array_equal(*pair) for pair in itertools.pairwise(pictures))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +283,7 @@ def assert_pictures(run_dir: Path, tags: list[str]) -> None:
         "--dataset sine",
         "--dataset sine --model rbf",
         "--dataset circle --hidden-sizes 4 20",
-        "--dataset plane --model linear",
+        "--dataset plane --model linear --optimizer adam",
     ],
 )
 def test_pictures_and_histograms(flags: str, tmp_path: Path) -> None:
@@ -308,9 +347,9 @@ def test_columns_become_numbers_as_said(tmp_path: Path, capsys: pytest.CaptureFi
         "198 rows: 139 training, 20 validation, 39 test",
         "2 rows without a target left out",
         "column rooms: where it is missing, the median",
-        "column city: one-hot, 3 categories",
+        "column city: one-hot, 3 of 3 categories",
         "column city: where it is missing, a category of its own",
-        "column country: constant, left out",
+        "column country: constant, or different in every row, left out",
     ):
         assert line in said
 
@@ -339,19 +378,19 @@ def test_linear_model_on_a_table_is_least_squares(tmp_path: Path) -> None:
     frame["u"] = frame["a"] - 0.02 * frame["b"] + rng.normal(0, 0.3, 300)
     frame["v"] = 100 + 40 * frame["c"] ** 2 + rng.normal(0, 2, 300)
     frame.to_csv(tmp_path / "table.csv", index=False)
-    flags = ["--data", "table.csv", "--target", "u", "v", "--model", "linear", "--optimizer", "lbfgs"]
+    flags = ["--data", "table.csv", "--target", "v", "u", "--model", "linear", "--optimizer", "lbfgs"]
     result = run("mlp_regression", *flags, "--run-name", "table", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
 
     rows = np.random.default_rng(1).permutation(300)
     training, test = rows[:210], rows[240:]
     design = np.column_stack([np.ones(300), frame[["a", "b", "c"]]])
-    targets = frame[["u", "v"]].to_numpy()
+    targets = frame[["v", "u"]].to_numpy()
     expected = design @ np.linalg.lstsq(design[training], targets[training], rcond=None)[0]
     evaluated = run("mlp_regression", "--evaluate", "runs/table/model.pt", "--data", "table.csv", cwd=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
     predicted = pd.read_csv(tmp_path / "runs/table/predictions__table.csv")
-    assert list(predicted.columns) == ["u", "v"]
+    assert list(predicted.columns) == ["v", "u"]
     np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-2)
 
     errors = expected[test] - targets[test]
@@ -383,12 +422,52 @@ def test_new_rows_without_targets_are_predicted(tmp_path: Path) -> None:
     assert np.isfinite(others["price"]).all()
 
 
-def test_evaluation_of_a_known_function_repeats(tmp_path: Path) -> None:
-    flags = ["--dataset", "spiral", "--epochs", "5", "--restarts", "1", "--seed", "4", "--run-name", "spiral"]
+def test_true_and_false_with_gaps_and_rows_without_answers(tmp_path: Path) -> None:
+    """pandas reads true, false and gaps as objects; new rows bring an empty target, or blank lines for gaps."""
+    rng = np.random.default_rng(0)
+    flag = rng.choice(["true", "false", ""], 200)
+    pd.DataFrame({"flag": flag, "t": (flag == "true") + rng.normal(0, 0.1, 200)}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    flags = ["--data", "t.csv", "--target", "t", "--model", "linear", "--optimizer", "lbfgs", "--run-name", "t"]
+    trained = run("mlp_regression", *flags, cwd=tmp_path)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    (tmp_path / "new.csv").write_text("flag\ntrue\n\nfalse\n")
+    (tmp_path / "empty.csv").write_text("flag,t\ntrue,\n,\nfalse,\n")
+    for name in ("new", "empty"):
+        result = run("mlp_regression", "--evaluate", "runs/t/model.pt", "--data", f"{name}.csv", cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        predicted = pd.read_csv(tmp_path / f"runs/t/predictions__{name}.csv")["t"]
+        np.testing.assert_allclose(predicted, [1, 0, 0], atol=0.1)
+
+
+def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Tiny units are no constant; names are left out; one bad cell makes a number text."""
+    frame = houses()
+    frame["name"] = [f"house {i}" for i in range(len(frame))]
+    frame["farads"] = np.random.default_rng(1).uniform(1e-13, 2e-13, len(frame))
+    frame["year"] = frame["area"].round().astype(int).astype(str).where(frame.index != 7, "?")
+    frame.to_csv(tmp_path / "houses.csv", index=False)
+    _, encoding = mlp.make_data(made_args(data=tmp_path / "houses.csv", target=("price",)))
+    assert [column["name"] for column in encoding["inputs"]] == ["area", "rooms", "city", "farads", "year"]
+    said = capsys.readouterr().out
+    assert "column name: constant, or different in every row, left out" in said
+    assert "column year: one-hot, 50 of" in said
+    assert "categories; numbers but for ? in row 8" in said
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) -> None:
+    """The figures of the training; the mean that they are compared with is that of the training examples."""
+    flags = ["--dataset", "circle", "--epochs", "5", "--restarts", "1", "--seed", "4", "--optimizer", optimizer]
+    flags = [*flags, "--run-name", "spiral"]
     trained = run("mlp_regression", *flags, cwd=tmp_path)
     evaluated = run("mlp_regression", "--evaluate", "runs/spiral/model.pt", cwd=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
     assert evaluated.stdout.split("MSE", 1)[1] == trained.stdout.split("MSE", 1)[1]
+    parts, _ = mlp.make_data(made_args(dataset="circle", seed=4))
+    baseline = ((parts["test"][1] - parts["training"][1].mean()) ** 2).mean()
+    assert f"predicting the mean: MSE {baseline:.4g};" in trained.stdout
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -409,7 +488,7 @@ def test_evaluation_of_a_known_function_repeats(tmp_path: Path) -> None:
         ("--hidden-sizes 0", "--hidden-sizes (0,)"),
         ("--model rbf --hidden-sizes 3 3", "an RBF network has one hidden layer"),
         ("--batch-size 10", "lbfgs takes all examples at once"),
-        ("--samples 10 --optimizer sgd", "7 rows to train on are too few for --batch-size 10"),
+        ("--samples 10 --optimizer sgd", "10 rows are too few: training, validation and test need two each"),
         ("--target y", "is for the columns of --data"),
         ("--units 0 1", "--units (0, 1)"),
         ("--units 1 --model linear", "--units (1,)"),
@@ -424,14 +503,17 @@ def test_evaluation_of_a_known_function_repeats(tmp_path: Path) -> None:
         ("--data houses.csv --target price --model logistic", "its values lie in (0, 1)"),
         ("--data typo.csv --target price", "column price has 12O in row 5"),
         ("--data infinite.csv --target price", "column area has inf in row 40"),
-        ("--data same.csv --target price", "--target price: it is constant"),
+        ("--data same.csv --target price", "--target price: it is 0.1 in every row"),
+        ("--data houses.csv --target price price", "names a column twice"),
+        ("--data houses.csv --target PRICE", "did you mean price"),
+        ("--samples 60 --optimizer sgd --batch-size 43", "42 rows to train on are too few for --batch-size 43"),
         ("--data alone.csv --target price", "no column is left to predict from"),
-        ("--data twice.csv --target price", "more than one column is called area"),
+        ("--data twice.csv --target price", "more than one column is called 'area'"),
         ("--data ragged.csv --target b", "--data ragged.csv: not a CSV file"),
         ("--data long.csv --target b", "--data long.csv: not a CSV file"),
         ("--data binary.csv --target b", "--data binary.csv: not a CSV file"),
         ("--data empty.csv --target b", "--data empty.csv: not a CSV file"),
-        ("--data header.csv --target b", "0 rows to train on"),
+        ("--data header.csv --target b", "0 rows are too few"),
         ("--evaluate model.pt", "give --data, a CSV file with the columns of"),
         ("--evaluate model.pt --data fewer.csv", "columns area, city are missing"),
         ("--evaluate model.pt --data header.csv", "are missing"),
@@ -453,7 +535,7 @@ def test_bad_input_of_regression(
     frame.to_csv("houses.csv", index=False)
     frame.astype({"price": object}).replace({"price": {frame["price"][4]: "12O"}}).to_csv("typo.csv", index=False)
     frame.assign(area=frame["area"].where(frame.index != 39, np.inf)).to_csv("infinite.csv", index=False)
-    frame.assign(price=1.5).to_csv("same.csv", index=False)
+    frame.assign(price=0.1).to_csv("same.csv", index=False)
     frame[["country", "price"]].to_csv("alone.csv", index=False)
     frame.drop(columns=["area", "city"]).to_csv("fewer.csv", index=False)
     Path("twice.csv").write_text("area,area,price\n1,2,3\n")
@@ -488,7 +570,7 @@ def test_divergence_is_named(tmp_path: Path) -> None:
     result = run("mlp_regression", *flags, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "in epoch 1" in result.stderr
+    assert "in epoch 1;" in result.stderr
     assert "lower --learning-rate" in result.stderr
     assert not (tmp_path / "runs/diverged/result.json").exists()
 
