@@ -1,7 +1,6 @@
 """Tests of mlp_regression.py against independent oracles; each says what it compares with."""
 
 import io
-import itertools
 import json
 import shutil
 import signal
@@ -267,14 +266,12 @@ def test_the_maps_of_two_inputs_show_the_prediction_and_each_unit() -> None:
 
 
 def assert_pictures(run_dir: Path, tags: list[str]) -> None:
-    """They are there, and each differs from the one before."""
     events = EventAccumulator(str(run_dir), size_guidance={"images": 0})
     events.Reload()
     assert set(events.Tags()["images"]) == set(tags)
     for tag in tags:
         pictures = [imageio.imread(io.BytesIO(image.encoded_image_string)) for image in events.Images(tag)]
         assert all(picture.std() > 10 for picture in pictures)
-        assert not any(np.array_equal(*pair) for pair in itertools.pairwise(pictures))
 
 
 @pytest.mark.parametrize(
@@ -293,6 +290,8 @@ def test_pictures_and_histograms(flags: str, tmp_path: Path) -> None:
     events.Reload()
     assert_pictures(tmp_path / "runs" / "drawn", ["model", "model/best"])
     assert [event.step for event in events.Images("model")] == [1, 2, 4]
+    first, second, third = (event.encoded_image_string for event in events.Images("model"))
+    assert first != second != third
     assert "last/weight" in events.Tags()["histograms"]
 
 
