@@ -26,8 +26,8 @@ Deep deterministic policy gradient. The numbers stand again in `train`, where ea
 Differs from the paper:
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
-- The networks, rates and noise of Fujimoto et al. 2018 by default, with layer normalisation; the README has the command
-  line with the paper's own settings.
+- The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with layer normalisation; the README
+  has the command line with the paper's own settings.
 """
 
 # /// script
@@ -83,6 +83,7 @@ except ImportError:  # only its environments need it
 SCRIPT = Path(__file__).stem
 LOG_FREQUENCY = 1_000  # steps between two records of losses and speed
 REPLAY_FILE = "replay.transitions"
+FLOAT32_MAX = np.finfo(np.float32).max
 OU_KEPT = 0.85  # of its value, an Ornstein-Uhlenbeck process keeps 1 - theta each step; theta = 0.15 in the paper
 
 if mujoco:  # Gymnasium's model of HalfCheetah has an attribute that MuJoCo 4 deprecates
@@ -124,7 +125,7 @@ class Args:
 
     # The environment
     env_id: str = "HalfCheetah-v5"
-    """an environment with vectors of observations and bounded vectors of actions"""
+    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
 
     # The algorithm
     learning_rate: float = 3e-4
@@ -173,11 +174,16 @@ def fail(message: str) -> NoReturn:
 # --- Environment ------------------------------------------------------------------------------------------------------
 
 
-class Restorable(gym.Wrapper):
-    """Remembers how the episode began and what was done since, so that a checkpoint can play it again.
+class Rescaled(gym.Wrapper):
+    """Actions in [-1, 1] in every dimension, float32 observations.
 
-    Valid for environments that draw all their random numbers from `np_random`, as Gymnasium's do.
+    Remembers how the episode began and what was done since, so that a checkpoint can play it again. Valid for
+    environments that draw all their random numbers from `np_random`, as Gymnasium's do.
     """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1, 1, env.action_space.shape)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
@@ -189,7 +195,9 @@ class Restorable(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Takes actions in [-1, 1], float32 (d_action,)."""
         self.actions.append(action)
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        low, high = self.env.action_space.low, self.env.action_space.high
+        scaled = (low + (action + 1) / 2 * (high - low)).clip(low, high)
+        obs, reward, terminated, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
         return obs.astype(np.float32), float(reward), terminated, truncated, info
 
     def get_state(self) -> dict:
@@ -207,14 +215,14 @@ class Restorable(gym.Wrapper):
 
 
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
-    """The environment with float32 observations and actions rescaled to [-1, 1] in every dimension."""
+    """The environment, recorded as mp4 where there is a `video_dir`, which is emptied first."""
     if video_dir is None:
-        return Restorable(gym.wrappers.RescaleAction(gym.make(args.env_id), np.float32(-1), np.float32(1)))
+        return Rescaled(gym.make(args.env_id))
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's environments need no screen
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # nor do MuJoCo's
-    env = gym.make(args.env_id, render_mode="rgb_array")
-    env = Restorable(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    shutil.rmtree(video_dir, ignore_errors=True)
+    env = Rescaled(gym.make(args.env_id, render_mode="rgb_array"))
     return gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
 
 
@@ -545,7 +553,7 @@ def train(args: Args) -> None:
     torch.backends.cudnn.deterministic = True
     torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng([args.seed, 1])  # other draws than those of the environment, seeded with the seed alone
     env = make_env(args)
     d_obs, d_action = env.observation_space.shape[0], env.action_space.shape[0]
     run_dir.mkdir(parents=True, exist_ok=args.resume)
@@ -583,6 +591,7 @@ def train(args: Args) -> None:
             "args": plain(args),
             "progress": dataclasses.asdict(progress),
             "env": env.get_state(),
+            "obs": torch.from_numpy(obs),
             "noise": torch.from_numpy(noise),
             "rng": rng.bit_generator.state,
             **{name: part.state_dict() for name, part in learned.items()},
@@ -593,6 +602,8 @@ def train(args: Args) -> None:
         for name, part in learned.items():
             part.load_state_dict(checkpoint[name])
         obs = env.set_state(checkpoint["env"])
+        if not np.array_equal(obs, checkpoint["obs"].numpy()):
+            fail(f"--resume: {args.env_id} does not play an episode again as it was; this run can only start anew")
         noise = checkpoint["noise"].numpy()
         rng.bit_generator.state = checkpoint["rng"]
     else:
@@ -601,10 +612,9 @@ def train(args: Args) -> None:
         # 5, 6: a random process N and the first state
         noise = np.zeros(d_action)
         obs, _ = env.reset(seed=args.seed)
-    parameters, target_parameters = (
-        [weight for network in networks for weight in network.state_dict().values() if weight.is_floating_point()]
-        for networks in ((actor, critic), (target_actor, target_critic))
-    )
+    pairs = ((actor, critic), (target_actor, target_critic))
+    parameters, target_parameters = ([*first.parameters(), *second.parameters()] for first, second in pairs)
+    buffers, target_buffers = ([*first.buffers(), *second.buffers()] for first, second in pairs)
     clock = Clock(progress, start_time)
     checkpoint_count = memory.count
     qf1_loss = qf1_value = policy_loss = None
@@ -630,7 +640,7 @@ def train(args: Args) -> None:
 
         # 9, 10: execute it, store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        if not (np.isfinite(next_obs).all() and math.isfinite(reward)):
+        if not (np.isfinite(obs).all() and np.isfinite(next_obs).all() and abs(reward) < FLOAT32_MAX):
             writer.close()
             fail(f"--env-id {args.env_id}: the environment returned NaN or infinity at step {step:,}")
         memory.append(obs, action, reward, terminated, next_obs)
@@ -664,12 +674,13 @@ def train(args: Args) -> None:
                 # 14: actor
                 actor.train()
                 policy_loss = actor_loss(actor, critic, observations)
-                gradients = torch.autograd.grad(policy_loss, list(actor.parameters()))
-                for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
-                    parameter.grad = gradient
+                actor_optimizer.zero_grad()
+                policy_loss.backward(inputs=list(actor.parameters()))  # and none for the critic
                 actor_optimizer.step()
                 # 15: theta' = tau theta + (1 - tau) theta', phi' likewise
                 soft_update(target_parameters, parameters, args.tau)
+                for target_buffer, buffer in zip(target_buffers, buffers, strict=True):
+                    target_buffer.copy_(buffer)  # batch normalisation's running means are averages already
 
         # The rest keeps the books.
         stopping, last = bool(stop_signals), step == args.total_timesteps
@@ -689,8 +700,10 @@ def train(args: Args) -> None:
                 if policy_loss is not None:
                     writer.add_scalar("losses/actor_loss", policy_loss.item(), step)
             clock.show(args.total_timesteps)
-        if args.eval_frequency and step % args.eval_frequency == 0 and not last:
+        if args.eval_frequency and args.eval_episodes and step % args.eval_frequency == 0 and not last:
+            clock.tick(args.learning_starts)
             writer.add_scalar("eval/episodic_return", np.mean(evaluate(args, actor)), step)
+            clock.last_time = time.perf_counter()  # an evaluation is no training
         if save_now:
             writer.flush()
             save(run_dir / "checkpoint.pt", snapshot())
@@ -782,24 +795,25 @@ def check_args(args: Args) -> None:
         reject(args, "hidden_sizes", "give one positive number for each hidden layer")
     if not 1 <= args.action_layer <= len(args.hidden_sizes):
         reject(args, "action_layer", f"must be a hidden layer, 1 to {len(args.hidden_sizes)}")
+    if args.normalisation == "batch" and args.batch_size == 1:
+        reject(args, "batch_size", "--normalisation batch needs 2 or more")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         reject(args, "device", "PyTorch finds no such device here; use --device cpu")
-    if args.env_id not in gym.registry:
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
-        reject(args, "env_id", "no such environment" + (f"; did you mean {', '.join(near)}?" if near else ""))
     try:
         env = gym.make(args.env_id)
-    except gym.error.DependencyNotInstalled as error:
+    except gym.error.UnregisteredEnv:
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
+        reject(args, "env_id", "no such environment" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    except (ImportError, gym.error.Error) as error:
         reject(args, "env_id", f"{error}".splitlines()[0])
+    if env.spec.max_episode_steps is None:
+        reject(args, "env_id", "needs a time limit; register it with max_episode_steps")
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        reject(
-            args,
-            "env_id",
-            f"needs a vector of observations (Box), this one has {type(obs_space).__name__}{obs_space.shape}",
-        )
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
-        reject(args, "env_id", f"needs a vector of continuous actions (Box), this one has {action_space}")
+        reject(args, "env_id", f"needs a vector of observations (Box), these are {obs_space}".replace("\n", ""))
+    vector = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    if not (vector and np.issubdtype(action_space.dtype, np.floating)):
+        reject(args, "env_id", f"needs a vector of continuous actions (Box), these are {action_space}")
     if not action_space.is_bounded():
         reject(
             args,
@@ -807,11 +821,12 @@ def check_args(args: Args) -> None:
             f"needs bounded actions, these are {action_space}; wrap it in gymnasium's ClipAction or the like",
         )
     if args.capture_video:
-        with tempfile.TemporaryDirectory() as folder, make_env(args, Path(folder) / "videos") as env:
+        with tempfile.TemporaryDirectory() as folder:
             try:
-                env.reset()
+                with make_env(args, Path(folder) / "videos") as env:
+                    env.reset()
             except Exception as error:  # every renderer has its own
-                reject(args, "capture_video", f"{args.env_id} cannot be drawn here ({error!r})")
+                reject(args, "capture_video", f"{args.env_id} cannot be drawn here ({f'{error!r}'.splitlines()[0]})")
 
 
 def check_training(args: Args) -> None:
@@ -894,13 +909,13 @@ def evaluate_model(args: Args) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    check_args(args)
     if args.evaluate:
         return evaluate_model(args)
+    check_args(args)
     if args.resume and not args.run_name:
         fail("--resume: give the --run-name of the run to go on with")
     if not args.run_name:
-        args.run_name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        args.run_name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = args.runs_dir / args.run_name
     if args.resume and (run_dir / "result.json").exists():
         (run_dir / REPLAY_FILE).unlink(missing_ok=True)

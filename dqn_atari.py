@@ -966,7 +966,7 @@ def main() -> None:
     if args.resume and not args.run_name:
         fail("--resume: give the --run-name of the run to go on with")
     if not args.run_name:
-        args.run_name = f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        args.run_name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = args.runs_dir / args.run_name
     if args.resume and (run_dir / "result.json").exists():
         (run_dir / REPLAY_FILE).unlink(missing_ok=True)

@@ -187,9 +187,7 @@ def read_table(path: Path, targets: tuple[str, ...], text: tuple[str, ...] = ())
         header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options).iloc[0].tolist()
         options["skip_blank_lines"] = len(header) > 1  # in a single column a missing value is a blank line
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(
-                path, index_col=False, encoding="utf-8-sig", low_memory=False, dtype=dict.fromkeys(text, str)
-            )
+            frame = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text, str), **options)
     except OSError as error:
         fail(f"--data {path}: {error.strerror}")
     except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:

@@ -1,15 +1,18 @@
 """Tests of ddpg_continuous.py against independent oracles; each says what it compares with."""
 
+import copy
+import dataclasses
 import json
 import pickle
 from collections import deque
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from common import message_of
+from common import message_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,6 +177,7 @@ class Bounds(gym.Env):
         return self.np_random.standard_normal(2), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        Bounds.taken = action
         return np.asarray(action), 0.0, False, False, {}
 
 
@@ -191,7 +195,7 @@ class Ending(Bounds):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.t += 1
-        return np.asarray(action), 0.0, self.t == 3, False, {}
+        return np.asarray(action), float(action[0]), self.t == 3, False, {}
 
 
 class Images(Bounds):
@@ -206,8 +210,32 @@ class Unbounded(Bounds):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
 
-for cls in (Bounds, Broken, Ending, Images, Dictionaries, Unbounded):
-    gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=50)
+class Integers(Bounds):
+    action_space = gym.spaces.Box(-3, 3, (2,), np.int64)
+
+
+class Undrawn(Bounds):
+    def __init__(self, render_mode: str | None = None):
+        if render_mode:
+            raise RuntimeError("no screen")
+
+
+class Endless(Bounds):
+    """Without a time limit."""
+
+
+class Shaken(Bounds):
+    """Draws noise of its own, as actuators have."""
+
+    noise: ClassVar[list[np.ndarray]] = []
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.noise.append(self.np_random.uniform(-1, 1, 2))
+        return super().step(action)
+
+
+for cls in (Bounds, Broken, Ending, Images, Dictionaries, Unbounded, Integers, Undrawn, Endless, Shaken):
+    gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=None if cls is Endless else 50)
 
 
 def test_actions_reach_their_bounds_and_no_further() -> None:
@@ -217,6 +245,21 @@ def test_actions_reach_their_bounds_and_no_further() -> None:
         obs, *_ = env.step(np.array(action, np.float32))
         assert obs.dtype == np.float32
         np.testing.assert_allclose(obs, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_actions_never_leave_the_space(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do rounding errors: bounds at random, and of no width."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        low = rng.uniform(-5, 5, 2).round(2)
+        high = low + rng.uniform(0, 5, 2).round(2) * [1, 0]
+        monkeypatch.setattr(Bounds, "action_space", gym.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype))
+        env = ddpg.make_env(ddpg.Args(env_id="Bounds-v0"))
+        env.reset(seed=1)
+        for action in (-1, 1, rng.uniform(-1, 1)):
+            env.step(np.full(2, action, np.float32))
+            assert Bounds.action_space.contains(Bounds.taken)
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "HalfCheetah-v5", "Hopper-v5", "Bounds-v0"])
@@ -256,6 +299,110 @@ def test_only_a_terminal_state_stops_the_bootstrap(
     assert stored == expected
 
 
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights after four updates of the critic and two of the actor, from the same minibatches with an Adam by hand."""
+    batches = []
+    sample = ddpg.ReplayMemory.sample
+    monkeypatch.setattr(ddpg.ReplayMemory, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
+    args = ddpg.Args(env_id="Ending-v0", runs_dir=tmp_path, run_name="four", total_timesteps=67, learning_starts=64)
+    args = dataclasses.replace(args, hidden_sizes=(8, 8), batch_size=64, gamma=0.9, tau=0.2, policy_frequency=2)
+    args.learning_rate, args.actor_learning_rate, args.weight_decay, args.eval_episodes = 1e-2, 3e-3, 0.1, 0
+    ddpg.train(args)
+    learned = torch.load(tmp_path / "four" / "checkpoint.pt", weights_only=True)
+
+    torch.manual_seed(args.seed)
+    actor, critic = ddpg.Actor(args, 2, 2), ddpg.Critic(args, 2, 2)
+    target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
+    moments = {network: [[0.0, 0.0] for _ in network.parameters()] for network in (actor, critic)}
+
+    def adam(network: torch.nn.Module, loss: torch.Tensor, count: int, rate: float, decay: float) -> None:
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for w, gradient, m in zip(network.parameters(), gradients, moments[network], strict=True):
+                g = gradient + decay * w
+                m[0], m[1] = 0.9 * m[0] + 0.1 * g, 0.999 * m[1] + 0.001 * g**2
+                w -= rate * (m[0] / (1 - 0.9**count)) / ((m[1] / (1 - 0.999**count)).sqrt() + 1e-8)
+
+    assert len(batches) == 4
+    for count, (obs, action, reward, terminated, next_obs) in enumerate(batches, start=1):
+        assert 0 < terminated.sum() < 64
+        with torch.no_grad():
+            y = target_critic(next_obs, target_actor(next_obs))
+            y = torch.where(terminated == 1, reward, reward + 0.9 * y)
+        adam(critic, ((y - critic(obs, action)) ** 2).sum() / 64, count, 1e-2, 0.1)
+        if count in (1, 3):  # steps 64 and 66
+            adam(actor, -critic(obs, actor(obs)).sum() / 64, (count + 1) // 2, 3e-3, 0.0)
+            with torch.no_grad():
+                for target, network in ((target_actor, actor), (target_critic, critic)):
+                    for old, new in zip(target.parameters(), network.parameters(), strict=True):
+                        old.copy_(0.8 * old + 0.2 * new)
+    networks = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
+    for name, network in networks.items():
+        for key, weight in network.state_dict().items():
+            torch.testing.assert_close(learned[name][key], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_starts_anew_with_each_episode_and_actions_are_clipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    previous, actions = [], []
+    noise, append = ddpg.exploration_noise, ddpg.ReplayMemory.append
+    monkeypatch.setattr(ddpg, "exploration_noise", lambda last, *rest: previous.append(last) or noise(last, *rest))
+    monkeypatch.setattr(
+        ddpg.ReplayMemory, "append", lambda memory, *row: actions.append(row[1]) or append(memory, *row)
+    )
+    args = ddpg.Args(env_id="Ending-v0", runs_dir=tmp_path, run_name="noisy", total_timesteps=90, learning_starts=32)
+    args.noise, args.exploration_noise, args.batch_size, args.hidden_sizes = "ornstein-uhlenbeck", 2.0, 32, (8,)
+    args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
+    ddpg.train(args)
+    for step, last in enumerate(previous, start=33):  # an episode has three steps, 33 ends one
+        assert (np.abs(last).max() == 0) == (step in (33,) or step % 3 == 1)
+    assert np.abs(actions).max() == 1
+    assert len({tuple(action) for action in actions[32:]}) > 10
+
+
+def test_exploration_and_environment_draw_different_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one seed; the first actions are uniform, and so is the noise in this environment."""
+    actions = []
+    append = ddpg.ReplayMemory.append
+    monkeypatch.setattr(
+        ddpg.ReplayMemory, "append", lambda memory, *row: actions.append(row[1]) or append(memory, *row)
+    )
+    args = ddpg.Args(env_id="Shaken-v0", runs_dir=tmp_path, run_name="shaken", total_timesteps=300, learning_starts=300)
+    args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
+    ddpg.train(args)
+    for dimension in (0, 1):
+        correlation = np.corrcoef(np.array(actions)[:, dimension], np.array(Shaken.noise)[:, dimension])[0, 1]
+        assert abs(correlation) < 0.3
+
+
+def test_evaluation_changes_nothing_in_training(tmp_path: Path) -> None:
+    for name, frequency in (("with", 100), ("without", 0)):
+        args = ddpg.Args(env_id="Pendulum-v1", runs_dir=tmp_path, run_name=name, total_timesteps=500)
+        args.learning_starts, args.hidden_sizes, args.normalisation = 256, (16,), "batch"
+        args.eval_frequency, args.eval_episodes = frequency, 1
+        ddpg.train(args)
+    ours, theirs = (
+        torch.load(tmp_path / name / "model.pt", weights_only=True)["actor"] for name in ("with", "without")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_targets_have_the_running_means_of_batch_normalisation(tmp_path: Path) -> None:
+    args = ddpg.Args(env_id="Pendulum-v1", runs_dir=tmp_path, run_name="batch", total_timesteps=300)
+    args.learning_starts, args.hidden_sizes, args.normalisation, args.eval_episodes = 256, (16,), "batch", 0
+    ddpg.train(args)
+    learned = torch.load(tmp_path / "batch" / "checkpoint.pt", weights_only=True)
+    for network in ("actor", "critic"):
+        means = {name for name in learned[network] if "running" in name}
+        assert {"input_norm.running_mean", "input_norm.running_var"} <= means
+        assert all(torch.equal(learned[network][name], learned[f"target_{network}"][name]) for name in means)
+        assert learned[network]["input_norm.running_var"].min() != 1
+
+
 # --- It learns --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +423,12 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
     [
         ("--env-id HalfCheeta-v5", "did you mean HalfCheetah-v5"),
         ("--env-id CartPole-v1", "needs a vector of continuous actions"),
+        ("--env-id Hopper-v3", "--env-id Hopper-v3: "),
+        ("--env-id nowhere:Hopper-v5", "--env-id nowhere:Hopper-v5: No module named"),
+        ("--env-id Integers-v0", "needs a vector of continuous actions"),
+        ("--env-id Endless-v0", "needs a time limit"),
+        ("--env-id Undrawn-v0 --capture-video", "Undrawn-v0 cannot be drawn here"),
+        ("--normalisation batch --batch-size 1 --learning-starts 1", "--normalisation batch needs 2 or more"),
         ("--env-id Images-v0", "needs a vector of observations"),
         ("--env-id Dictionaries-v0", "needs a vector of observations"),
         ("--env-id Unbounded-v0", "needs bounded actions"),
@@ -308,6 +461,37 @@ def test_mujoco_missing_names_what_installs_it(capsys: pytest.CaptureFixture, mo
 
     monkeypatch.setattr(ddpg.gym, "make", make)
     assert 'pip install "gymnasium[mujoco]"' in message_of(ddpg, [], capsys, monkeypatch)
+
+
+def test_a_model_is_evaluated_without_the_default_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine without MuJoCo can evaluate a pendulum."""
+    args = ddpg.Args(env_id="Pendulum-v1", hidden_sizes=(8,))
+    content = {"script": "ddpg_continuous", "kind": "model", "args": ddpg.plain(args)}
+    torch.save({**content, "actor": ddpg.Actor(args, 3, 1).state_dict()}, tmp_path / "model.pt")
+    make, made = gym.make, []
+    monkeypatch.setattr(ddpg.gym, "make", lambda env_id, **options: made.append(env_id) or make(env_id, **options))
+    monkeypatch.setattr("sys.argv", ["ddpg", "--evaluate", str(tmp_path / "model.pt"), "--eval-episodes", "1"])
+    ddpg.main()
+    assert set(made) == {"Pendulum-v1"}
+    assert "Pendulum-v1: mean return" in capsys.readouterr().out
+
+
+def test_an_environment_that_does_not_repeat_is_not_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "70", "--learning-starts", "64", "--batch-size", "64"]
+    flags = [*flags, "--hidden-sizes", "8", "--eval-episodes", "0", "--run-name", "odd", "--resume"]
+    assert run("ddpg_continuous", *flags, cwd=tmp_path).returncode == 0
+    (tmp_path / "runs/odd/result.json").unlink()
+    checkpoint = torch.load(tmp_path / "runs/odd/checkpoint.pt", weights_only=True)
+    with open(tmp_path / "runs/odd/replay.transitions", "wb") as file:
+        file.truncate(checkpoint["memory"]["bytes"])
+    checkpoint["obs"] += 1
+    torch.save(checkpoint, tmp_path / "runs/odd/checkpoint.pt")
+    assert "does not play an episode again as it was" in message_of(ddpg, flags, capsys, monkeypatch)
 
 
 def test_nan_from_the_environment_is_named(
