@@ -263,9 +263,11 @@ def make_env(args: Args, rng: np.random.Generator) -> gym.Env:
 
 
 def make_eval_env(args: Args, rng: np.random.Generator, video_dir: Path) -> gym.Env:
+    """The game under the limits of the paper's evaluation, with --capture-video as mp4 in `video_dir`, emptied first."""
     limits = {"max_num_frames_per_episode": EVAL_MAX_FRAMES, "repeat_action_probability": args.sticky_actions}
     if not args.capture_video:
         return AtariPreprocessing(gym.make(args.env_id, **limits, **RAW_SCREENS), rng)
+    shutil.rmtree(video_dir, ignore_errors=True)
     env = gym.make(args.env_id, render_mode="rgb_array", **limits, **RAW_SCREENS)
     env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, fps=60, disable_logger=True)
     return AtariPreprocessing(env, rng)

@@ -170,8 +170,10 @@ def test_a_finished_run_is_left_alone(script: str, finished: Path) -> None:
 
 @agents_only
 def test_evaluation_repeats_and_records_video(script: str, finished: Path, tmp_path: Path) -> None:
-    """--evaluate gives the figure of result.json, and a video that opens and has pictures."""
+    """--evaluate gives the figure of result.json, and a video that opens and has pictures, in place of an older one."""
     shutil.copy(finished / "model.pt", tmp_path)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "old.mp4").touch()
     result = run(script, "--evaluate", "model.pt", "--eval-episodes", "1", "--capture-video", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     score = json.loads((finished / "result.json").read_text())["eval_return_mean"]
