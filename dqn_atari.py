@@ -263,7 +263,7 @@ def make_env(args: Args, rng: np.random.Generator) -> gym.Env:
 
 
 def make_eval_env(args: Args, rng: np.random.Generator, video_dir: Path) -> gym.Env:
-    """The game under the limits of the paper's evaluation, with --capture-video as mp4 in `video_dir`, emptied first."""
+    """The game under the limits of the paper's evaluation; with --capture-video its mp4 files replace `video_dir`."""
     limits = {"max_num_frames_per_episode": EVAL_MAX_FRAMES, "repeat_action_probability": args.sticky_actions}
     if not args.capture_video:
         return AtariPreprocessing(gym.make(args.env_id, **limits, **RAW_SCREENS), rng)

@@ -456,14 +456,15 @@ def train_epoch(
         return optimizer.step(closure).item()
     # 7: shuffled once for the whole epoch; cutting up is free, fetching example after example is not
     order = torch.randperm(len(x)).to(x.device)
-    total = torch.zeros((), device=x.device)
+    losses, sizes = [], []
     for x_batch, y_batch in zip(x[order].split(batch_size), y[order].split(batch_size), strict=True):  # 8
         optimizer.zero_grad()  # 9
         loss = F.mse_loss(model(x_batch), y_batch)  # 10
         loss.backward()  # 11
         optimizer.step()  # 12
-        total += loss.detach() * len(x_batch)
-    return total.item() / len(x)
+        losses.append(loss.detach())
+        sizes.append(len(x_batch))
+    return float(np.average(torch.stack(losses).cpu().numpy(), weights=sizes))
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
