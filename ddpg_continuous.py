@@ -633,7 +633,6 @@ def train(args: Args) -> None:
         else:
             noise = exploration_noise(noise, args, rng)
             action = (greedy_action(actor, obs, device) + noise).clip(-1, 1).astype(np.float32)
-
             if not np.isfinite(action).all():
                 writer.close()
                 fail(f"the actor's action is {action} at step {step:,}; try a lower --learning-rate")
@@ -701,9 +700,9 @@ def train(args: Args) -> None:
                     writer.add_scalar("losses/actor_loss", policy_loss.item(), step)
             clock.show(args.total_timesteps)
         if args.eval_frequency and args.eval_episodes and step % args.eval_frequency == 0 and not last:
-            clock.tick(args.learning_starts)
+            evaluation_start = time.perf_counter()
             writer.add_scalar("eval/episodic_return", np.mean(evaluate(args, actor)), step)
-            clock.last_time = time.perf_counter()  # an evaluation is no training
+            clock.last_time += time.perf_counter() - evaluation_start  # it is no training
         if save_now:
             writer.flush()
             save(run_dir / "checkpoint.pt", snapshot())

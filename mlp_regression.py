@@ -664,18 +664,8 @@ def report(test: dict, errors: dict) -> str:
 def evaluate_model(args: Args) -> None:
     """Scores a model.pt, and with --data writes its predictions to a CSV file beside it."""
     content = load(args.evaluate, "--evaluate", "model")
-    names = (
-        "seed",
-        "dataset",
-        "samples",
-        "noise",
-        "target",
-        "model",
-        "hidden_sizes",
-        "activation",
-        "optimizer",
-        "batch_size",
-    )
+    data_flags = ("seed", "dataset", "samples", "noise", "target")
+    names = (*data_flags, "model", "hidden_sizes", "activation", "optimizer", "batch_size")
     trained = Args(**{name: content["args"][name] for name in names})
     args = tyro.cli(Args, default=trained)
     changed = [name for name in names if getattr(args, name) != getattr(trained, name)]

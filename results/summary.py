@@ -124,8 +124,11 @@ def human_normalised(environment: str, score: float) -> float | None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else f"{values[0]:.4g}"
+    """Mean and standard deviation, and the values themselves where they are few."""
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    each = f" ({', '.join(f'{value:.4g}' for value in values)})" if len(values) <= 5 else ""
+    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}{each}"
 
 
 def interquartile_mean(values: list[float]) -> str:
@@ -203,8 +206,8 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], path: P
     for index, (variant, runs) in enumerate(variants.items()):
         total = max(run["returns"][-1, 0] for run in runs)
         grid = np.linspace(0, total, 201)
-        width = 0 if regression else total / 25
-        curves = np.array([smooth(*run["returns"].T, grid, width or total / 200) for run in runs])
+        width = total / 200 if regression else total / 25
+        curves = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
         grid, curves = grid[np.isfinite(curves).all(axis=0)], curves[:, np.isfinite(curves).all(axis=0)]
         color = f"C{index}"
         axes.plot(grid, curves.mean(axis=0), color=color, linewidth=2, label=f"{variant or 'mean'} ({len(runs)} seeds)")

@@ -22,72 +22,22 @@ tells.
 # ]
 # ///
 
-import dataclasses
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
+from benchmark_common import FIRST_UPDATE, Args, ours, print_table, theirs, time_stable_baselines3
 
-SCRIPT = Path(__file__).parent.parent / "ddpg_continuous.py"
-FIRST_UPDATE = 1_000
-
-
-@dataclasses.dataclass
-class Args:
-    rounds: int = 3
-    """rounds of ours, ours with the default layer normalisation, and theirs, one after the other"""
-    steps: int = 6_000
-    """steps with updates in a round"""
-    threads: tuple[int, ...] = (1, os.cpu_count())
-    """thread counts to measure with"""
-    env_id: str = "HalfCheetah-v5"
-    """the environment"""
-    device: str = "auto"
-    """device of both"""
+ENV_ID = "HalfCheetah-v5"
 
 
-def ours(args: Args, normalisation: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {
-            **{"--env-id": args.env_id, "--total-timesteps": FIRST_UPDATE + args.steps, "--device": args.device},
-            **{"--learning-starts": FIRST_UPDATE, "--normalisation": normalisation, "--eval-frequency": 0},
-            **{"--eval-episodes": 0, "--runs-dir": folder, "--run-name": "benchmark"},
-        }
-        command = [sys.executable, SCRIPT, *(str(part) for flag in flags.items() for part in flag)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((Path(folder) / "benchmark" / "result.json").read_text())["steps_per_second"]
-
-
-def theirs(args: Args) -> float:
-    command = [sys.executable, __file__, "theirs", args.env_id, str(args.steps), args.device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def run_stable_baselines3(env_id: str, steps: int, device: str) -> None:
-    """Prints stable-baselines3's steps per second; in a process of its own."""
+def run_stable_baselines3(steps: int, device: str) -> None:
     from stable_baselines3 import DDPG
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.noise import NormalActionNoise
 
-    class Stopwatch(BaseCallback):
-        start = 0.0
-
-        def _on_step(self) -> bool:
-            if self.num_timesteps == FIRST_UPDATE:
-                self.start = time.perf_counter()
-            return True
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = DDPG(
         "MlpPolicy",
-        env_id,
+        ENV_ID,
         learning_rate=3e-4,
         buffer_size=FIRST_UPDATE + steps,
         learning_starts=FIRST_UPDATE,
@@ -99,26 +49,20 @@ def run_stable_baselines3(env_id: str, steps: int, device: str) -> None:
         device=device,
         seed=1,
     )
-    stopwatch = Stopwatch()
-    model.learn(FIRST_UPDATE + steps, callback=stopwatch)
-    print(steps / (time.perf_counter() - stopwatch.start))
+    time_stable_baselines3(model, steps)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
-        return run_stable_baselines3(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+        return run_stable_baselines3(int(sys.argv[2]), sys.argv[3])
     args = tyro.cli(Args, description=__doc__)
-    print("| threads | steps/s, this script | with layer normalisation | stable-baselines3 | ratio |")
-    print("|---|---|---|---|---|")
-    for threads in args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        rows = np.array([(ours(args, "none"), ours(args, "layer"), theirs(args)) for _ in range(args.rounds)])
-        columns = [*rows.T, rows[:, 0] / rows[:, 2]]
-        cells = [
-            f"{np.median(column):.{digits}f} ({min(column):.{digits}f} to {max(column):.{digits}f})"
-            for column, digits in zip(columns, (0, 0, 0, 2), strict=True)
-        ]
-        print(f"| {threads} | {' | '.join(cells)} |", flush=True)
+    flags = {"--env-id": ENV_ID, "--eval-frequency": 0}
+    programs = {
+        "no normalisation": lambda: ours("ddpg_continuous.py", args, flags | {"--normalisation": "none"}),
+        "layer normalisation": lambda: ours("ddpg_continuous.py", args, flags),
+        "stable-baselines3": lambda: theirs(args),
+    }
+    print_table(args, programs)
 
 
 if __name__ == "__main__":

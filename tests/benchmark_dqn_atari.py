@@ -23,8 +23,6 @@ the same preprocessing; the speed counts from the first update on. Machines drif
 # ///
 
 import dataclasses
-import json
-import os
 import resource
 import subprocess
 import sys
@@ -35,66 +33,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from benchmark_common import FIRST_UPDATE, ROOT, ours, print_table, theirs, time_stable_baselines3
+from benchmark_common import Args as CommonArgs
 
-SCRIPT = Path(__file__).parent.parent / "dqn_atari.py"
-FIRST_UPDATE = 1_000
+ENV_ID = "BreakoutNoFrameskip-v4"  # no frame skip, no stickiness
 
 
 @dataclasses.dataclass
-class Args:
-    rounds: int = 3
-    """rounds of ours, ours in float32 and theirs, one after the other"""
-    steps: int = 6_000
-    """agent steps with updates in a round"""
-    threads: tuple[int, ...] = (1, os.cpu_count())
-    """thread counts to measure with"""
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """the game, under an id without frame skip or stickiness"""
-    device: str = "auto"
-    """device of both"""
+class Args(CommonArgs):
     memory: bool = True
     """also measure a full memory of 1,000,000 screens and its checkpoint (8 GB of disk)"""
 
 
-def ours(args: Args, precision: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {
-            **{"--env-id": args.env_id, "--total-timesteps": FIRST_UPDATE + args.steps, "--device": args.device},
-            **{"--learning-starts": FIRST_UPDATE, "--start-e": 0.05, "--end-e": 0.05, "--precision": precision},
-            **{"--eval-episodes": 0, "--runs-dir": folder, "--run-name": "benchmark"},
-        }
-        command = [sys.executable, SCRIPT, *(str(part) for flag in flags.items() for part in flag)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((Path(folder) / "benchmark" / "result.json").read_text())["steps_per_second"]
-
-
-def theirs(args: Args) -> float:
-    command = [sys.executable, __file__, "theirs", args.env_id, str(args.steps), args.device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def run_stable_baselines3(env_id: str, steps: int, device: str) -> None:
-    """Prints stable-baselines3's steps per second; in a process of its own."""
+def run_stable_baselines3(steps: int, device: str) -> None:
     import ale_py
     import gymnasium as gym
     from stable_baselines3 import DQN
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
-    class Stopwatch(BaseCallback):
-        start = 0.0
-
-        def _on_step(self) -> bool:
-            if self.num_timesteps == FIRST_UPDATE:
-                self.start = time.perf_counter()
-            return True
-
     gym.register_envs(ale_py)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = DQN(
         "CnnPolicy",
-        VecFrameStack(make_atari_env(env_id, n_envs=1, seed=1), 4),
+        VecFrameStack(make_atari_env(ENV_ID, n_envs=1, seed=1), 4),
         learning_rate=1e-4,
         buffer_size=FIRST_UPDATE + steps,
         learning_starts=FIRST_UPDATE,
@@ -106,14 +67,12 @@ def run_stable_baselines3(env_id: str, steps: int, device: str) -> None:
         device=device,
         seed=1,
     )
-    stopwatch = Stopwatch()
-    model.learn(FIRST_UPDATE + steps, callback=stopwatch)
-    print(steps / (time.perf_counter() - stopwatch.start))
+    time_stable_baselines3(model, steps)
 
 
 def measure_memory() -> None:
     """Fills the script's own memory of 1,000,000 screens beside its networks; in a process of its own."""
-    sys.path.insert(0, str(SCRIPT.parent))
+    sys.path.insert(0, str(ROOT))
     import dqn_atari as dqn
 
     args = dqn.Args()
@@ -146,21 +105,17 @@ def measure_memory() -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
-        return run_stable_baselines3(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+        return run_stable_baselines3(int(sys.argv[2]), sys.argv[3])
     if sys.argv[1:] == ["memory"]:
         return measure_memory()
     args = tyro.cli(Args, description=__doc__)
-    print("| threads | steps/s, this script | in float32 | stable-baselines3 | ratio | ratio in float32 |")
-    print("|---|---|---|---|---|---|")
-    for threads in args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        rows = np.array([(ours(args, "auto"), ours(args, "float32"), theirs(args)) for _ in range(args.rounds)])
-        columns = [*rows.T, rows[:, 0] / rows[:, 2], rows[:, 1] / rows[:, 2]]
-        cells = [
-            f"{np.median(column):.{digits}f} ({min(column):.{digits}f} to {max(column):.{digits}f})"
-            for column, digits in zip(columns, (0, 0, 0, 2, 2), strict=True)
-        ]
-        print(f"| {threads} | {' | '.join(cells)} |", flush=True)
+    flags = {"--env-id": ENV_ID, "--start-e": 0.05, "--end-e": 0.05}
+    programs = {
+        "this script": lambda: ours("dqn_atari.py", args, flags),
+        "in float32": lambda: ours("dqn_atari.py", args, flags | {"--precision": "float32"}),
+        "stable-baselines3": lambda: theirs(args),
+    }
+    print_table(args, programs)
     if args.memory:
         subprocess.run([sys.executable, __file__, "memory"], check=True)
 

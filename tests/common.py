@@ -1,6 +1,7 @@
 """What the tests of all scripts share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,23 @@ SHORT = {  # runs of some seconds with eight checkpoints, that fill and wrap the
     ],
 }
 AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments
+KILLER = """
+import os, runpy, signal, sys
+moment, call = sys.argv[1], int(sys.argv[2])
+replace = os.replace
+def killing_replace(*paths):
+    global call
+    call -= 1
+    if moment == "after":
+        replace(*paths)
+    if call == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "before":
+        replace(*paths)
+os.replace = killing_replace
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def spawn(command: list[object], cwd: Path, **options: object) -> subprocess.Popen:
@@ -41,6 +59,12 @@ def run(script: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
     process = spawn(command, cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def run_until_killed(script: str, moment: str, call: int, *flags: object, cwd: Path) -> None:
+    """The script, which SIGKILL ends "before" or "after" its call-th renaming of a file."""
+    command = ["-c", KILLER, moment, call, ROOT / f"{script}.py", *flags]
+    assert spawn(command, cwd, stdout=subprocess.DEVNULL).wait() == -signal.SIGKILL
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:

@@ -250,10 +250,10 @@ def test_slurm_runs_the_array_and_a_requeued_task_resumes(whole: Path, here: Pat
     job = result.stdout.split("Submitted batch job ")[1].split()[0]
     runs = [here / "runs" / f"{dataset}__mlp_regression__1" for dataset in ("plane", "circle")]
     wait_until((runs[0] / "checkpoint.pt").exists)
-    assert "of 1" in sweep("--summary", "runs", cwd=here).stdout  # works while it runs
-    assert not (runs[0] / "result.json").exists()
     subprocess.run(["scontrol", "requeue", f"{job}_0"], check=True)
     wait_until(lambda: "PENDING" in slurm_says("scontrol", "show", "job", f"{job}_0"))
+    assert not (runs[0] / "result.json").exists()
+    assert "0 of 1" in sweep("--summary", "runs", cwd=here).stdout  # works before the sweep has ended
     subprocess.run(["scontrol", "update", f"JobId={job}_0", "StartTime=now"], check=True)  # it would wait two minutes
     wait_until(lambda: all((run_dir / "result.json").exists() for run_dir in runs))
     wait_until(lambda: "COMPLETED" in slurm_says("scontrol", "show", "job", f"{job}_0"))

@@ -22,6 +22,14 @@ CPU = torch.device("cpu")
 SMALL = ddpg.Args(hidden_sizes=(16, 16))
 
 
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Fills with the transitions that a training stores: obs, action, reward, terminated, next_obs."""
+    rows, append = [], ddpg.ReplayMemory.append
+    monkeypatch.setattr(ddpg.ReplayMemory, "append", lambda memory, *row: rows.append(row) or append(memory, *row))
+    return rows
+
+
 # --- The theorem ------------------------------------------------------------------------------------------------------
 
 
@@ -287,16 +295,13 @@ def test_environment_goes_on_as_if_never_stopped(env_id: str) -> None:
 
 @pytest.mark.parametrize(("env_id", "expected"), [("Bounds-v0", [0] * 120), ("Ending-v0", [0, 0, 1] * 40)])
 def test_only_a_terminal_state_stops_the_bootstrap(
-    env_id: str, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    env_id: str, expected: list[int], tmp_path: Path, stored: list[tuple]
 ) -> None:
     """What the loop stores at the end by a time limit (every 50 steps), and at a terminal state (every third)."""
-    stored = []
-    append = ddpg.ReplayMemory.append
-    monkeypatch.setattr(ddpg.ReplayMemory, "append", lambda memory, *row: stored.append(row[3]) or append(memory, *row))
     args = ddpg.Args(env_id=env_id, runs_dir=tmp_path, run_name="ends", total_timesteps=120, learning_starts=120)
     args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
     ddpg.train(args)
-    assert stored == expected
+    assert [terminated for _, _, _, terminated, _ in stored] == expected
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -346,36 +351,29 @@ def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_noise_starts_anew_with_each_episode_and_actions_are_clipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: list[tuple]
 ) -> None:
-    previous, actions = [], []
-    noise, append = ddpg.exploration_noise, ddpg.ReplayMemory.append
+    previous, noise = [], ddpg.exploration_noise
     monkeypatch.setattr(ddpg, "exploration_noise", lambda last, *rest: previous.append(last) or noise(last, *rest))
-    monkeypatch.setattr(
-        ddpg.ReplayMemory, "append", lambda memory, *row: actions.append(row[1]) or append(memory, *row)
-    )
     args = ddpg.Args(env_id="Ending-v0", runs_dir=tmp_path, run_name="noisy", total_timesteps=90, learning_starts=32)
     args.noise, args.exploration_noise, args.batch_size, args.hidden_sizes = "ornstein-uhlenbeck", 2.0, 32, (8,)
     args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
     ddpg.train(args)
     for step, last in enumerate(previous, start=33):  # an episode has three steps, 33 ends one
         assert (np.abs(last).max() == 0) == (step in (33,) or step % 3 == 1)
+    actions = [action for _, action, *_ in stored]
     assert np.abs(actions).max() == 1
     assert len({tuple(action) for action in actions[32:]}) > 10
 
 
-def test_exploration_and_environment_draw_different_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exploration_and_environment_draw_different_numbers(tmp_path: Path, stored: list[tuple]) -> None:
     """From one seed; the first actions are uniform, and so is the noise in this environment."""
-    actions = []
-    append = ddpg.ReplayMemory.append
-    monkeypatch.setattr(
-        ddpg.ReplayMemory, "append", lambda memory, *row: actions.append(row[1]) or append(memory, *row)
-    )
     args = ddpg.Args(env_id="Shaken-v0", runs_dir=tmp_path, run_name="shaken", total_timesteps=300, learning_starts=300)
     args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
     ddpg.train(args)
     for dimension in (0, 1):
-        correlation = np.corrcoef(np.array(actions)[:, dimension], np.array(Shaken.noise)[:, dimension])[0, 1]
+        actions = np.array([action for _, action, *_ in stored])
+        correlation = np.corrcoef(actions[:, dimension], np.array(Shaken.noise)[:, dimension])[0, 1]
         assert abs(correlation) < 0.3
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import ROOT, message_of, run, scalars, spawn
+from common import ROOT, message_of, run, run_until_killed, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mlp_regression as mlp
@@ -191,15 +190,7 @@ def test_lbfgs_killed_resumes_to_the_bit(tmp_path: Path) -> None:
     """Its state is its history of steps and gradients; killed right after the second checkpoint."""
     flags = ["--restarts", "2", "--epochs", "12", "--checkpoint-frequency", "5", "--run-name"]
     assert run("mlp_regression", *flags, "whole", cwd=tmp_path).returncode == 0
-    killer = (
-        "import os, runpy, signal, sys; replace, names = os.replace, []\n"
-        "def killing_replace(source, target):\n"
-        "    replace(source, target); names.append(target)\n"
-        "    if len(names) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "os.replace = killing_replace; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    process = spawn(["-c", killer, ROOT / "mlp_regression.py", *flags, "killed"], tmp_path)
-    assert process.wait() == -signal.SIGKILL
+    run_until_killed("mlp_regression", "after", 3, *flags, "killed", cwd=tmp_path)
     assert run("mlp_regression", *flags, "killed", "--resume", cwd=tmp_path).returncode == 0
     whole, killed = (
         torch.load(tmp_path / "runs" / name / "model.pt", weights_only=True)["weights"] for name in ("whole", "killed")

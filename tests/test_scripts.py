@@ -16,7 +16,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from common import AGENTS, ROOT, SHORT, message_of, run, scalars, spawn
+from common import AGENTS, ROOT, SHORT, message_of, run, run_until_killed, scalars, spawn
 
 TAGS = {
     "dqn_atari": {"charts/episodic_return", "charts/epsilon", "losses/td_loss", "losses/q_values"},
@@ -26,18 +26,23 @@ TAGS = {
 agents_only = pytest.mark.parametrize("script", AGENTS, indirect=True)
 
 
-@pytest.fixture(scope="session", params=sorted(SHORT))
+@pytest.fixture(params=sorted(SHORT))
 def script(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
+FINISHED = {}  # by script; a fixture of the whole session would be made again whenever its parameter changes
+
+
+@pytest.fixture
 def finished(script: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run that was never interrupted."""
-    cwd = tmp_path_factory.mktemp("finished")
-    result = run(script, *SHORT[script], "--run-name", "whole", cwd=cwd)
-    assert (result.returncode, result.stderr) == (0, "")
-    return cwd / "runs" / "whole"
+    if script not in FINISHED:
+        cwd = tmp_path_factory.mktemp("finished")
+        result = run(script, *SHORT[script], "--run-name", "whole", cwd=cwd)
+        assert (result.returncode, result.stderr) == (0, "")
+        FINISHED[script] = cwd / "runs" / "whole"
+    return FINISHED[script]
 
 
 def same(ours: object, theirs: object) -> bool:
@@ -105,25 +110,6 @@ def test_killed_at_random_moments_it_resumes_to_the_bit(script: str, finished: P
     assert not list(run_dir.glob("replay*"))
 
 
-KILLER = """
-import os, runpy, signal, sys
-moment, call = sys.argv[1], int(sys.argv[2])
-replace = os.replace
-def killing_replace(*paths):
-    global call
-    call -= 1
-    if moment == "after":
-        replace(*paths)
-    if call == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if moment == "before":
-        replace(*paths)
-os.replace = killing_replace
-sys.argv = sys.argv[3:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished: Path, tmp_path: Path) -> None:
     """Killed right before or after a file gets its name: args.json, checkpoints, model.pt and result.json.
 
@@ -132,10 +118,7 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
     run_dir = tmp_path / "runs" / "killed"
     flags = [*SHORT[script], "--run-name", "killed", "--resume"]
     for moment, call in [("before", 1), ("before", 4), ("after", 1), ("before", 2), ("after", 5), ("before", 2)]:
-        process = spawn(
-            ["-c", KILLER, moment, call, ROOT / f"{script}.py", *flags], tmp_path, stdout=subprocess.DEVNULL
-        )
-        assert process.wait() == -signal.SIGKILL
+        run_until_killed(script, moment, call, *flags, cwd=tmp_path)
         for path in run_dir.glob("*.json"):
             json.loads(path.read_text())
         for path in run_dir.glob("*.pt"):
