@@ -98,7 +98,9 @@ def measure_speed(rows: int, d: int, batch_size: int, rounds: int, scikit_learn:
             loss.backward()
             usual_optimizer.step()
 
-    theirs = MLPRegressor((10,), solver="sgd", batch_size=batch_size, learning_rate_init=1e-3, momentum=0, alpha=0)
+    theirs = MLPRegressor(
+        hidden_layer_sizes=(10,), solver="sgd", batch_size=batch_size, learning_rate_init=1e-3, momentum=0, alpha=0
+    )
     epochs = [lambda: mlp.train_epoch(ours, optimizer, x_tensor, y_tensor, batch_size), usual_epoch]
     if scikit_learn:  # partial_fit is one epoch
         epochs.append(lambda: theirs.partial_fit(x, y[:, 0]))

@@ -23,8 +23,8 @@ SHORT = {  # runs of some seconds with eight checkpoints, that fill and wrap the
         *("--noise", "ornstein-uhlenbeck", "--batch-size", "64"),
     ],
     "mlp_regression": [
-        *("--dataset", "circle", "--noise", "0.1", "--optimizer", "adam", "--batch-size", "10", "--epochs", "100"),
-        *("--restarts", "2", "--checkpoint-frequency", "25"),
+        *("--dataset", "circle", "--noise", "0.1", "--samples", "400", "--optimizer", "adam", "--batch-size", "10"),
+        *("--epochs", "100", "--restarts", "2", "--checkpoint-frequency", "25"),
     ],
 }
 AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.insert(0, str(ROOT / "results"))
 import summary
 
-FLAGS = ["--optimizer", "adam", "--batch-size", "10", "--epochs", "60", "--checkpoint-frequency", "10"]
+FLAGS = ["--optimizer", "adam", "--batch-size", "10", "--epochs", "50", "--checkpoint-frequency", "10"]
 SWEEP = ["mlp_regression.py", "--env-ids", "plane", "circle", "--seeds", "1", "2"]
 NAMES = [f"{dataset}__mlp_regression__{seed}" for dataset in ("plane", "circle") for seed in (1, 2)]
 
@@ -86,7 +86,7 @@ def test_a_sweep_leaves_runs_logs_tables_and_figures(whole: Path) -> None:
     assert {path.name for path in (whole / "summary").iterdir()} == {"table.csv", "table.md", *figures}
     for name in NAMES:
         args = json.loads((whole / name / "args.json").read_text())
-        assert (args["dataset"], str(args["seed"]), args["epochs"]) == (name.split("__")[0], name[-1], 60)
+        assert (args["dataset"], str(args["seed"]), args["epochs"]) == (name.split("__")[0], name[-1], 50)
         assert json.loads((whole / name / "result.json").read_text())["torch_threads"] == max(1, os.cpu_count() // 4)
 
 
@@ -110,7 +110,8 @@ def test_killed_with_all_its_runs_it_goes_on_to_the_same_bits(whole: Path, here:
 
 
 def test_interrupted_it_ends_its_runs_and_goes_on(whole: Path, here: Path) -> None:
-    process = start(*SWEEP, "--workers", "1", "--", *FLAGS, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    plane = ["mlp_regression.py", "--env-ids", "plane", "--seeds", "1", "2", "--workers", "1", "--", *FLAGS]
+    process = start(*plane, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_until(lambda: list(here.glob("runs/*/checkpoint.pt")))
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
@@ -119,8 +120,8 @@ def test_interrupted_it_ends_its_runs_and_goes_on(whole: Path, here: Path) -> No
     assert "stopped; go on with" in (here / "runs" / "logs" / f"{NAMES[0]}.log").read_text()
     (unfinished,) = here.glob("runs/*__mlp_regression__*")
     assert not (unfinished / "result.json").exists()
-    assert sweep(*SWEEP, "--", *FLAGS, cwd=here).returncode == 0
-    for name in NAMES:
+    assert sweep(*plane, cwd=here).returncode == 0
+    for name in NAMES[:2]:
         assert_same_weights(whole / name, here / "runs" / name)
 
 
