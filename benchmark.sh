@@ -10,7 +10,8 @@ usage() {
     ./benchmark.sh dqn_atari.py --env-ids ALE/Pong-v5 ALE/Breakout-v5 --seeds 1 2 3 -- --total-timesteps 1000000
 
 Every environment and seed is a run of its own, RUNS_DIR/ENV__SCRIPT__SEED. Start the same command again after a crash,
-a reboot or Ctrl-C: it goes on with what is unfinished and leaves the rest alone.
+a reboot or Ctrl-C: it goes on with what is unfinished and leaves the rest alone. Other flags of the script make other
+runs: give them a --runs-dir of their own.
 
   --runs-dir DIR        folder of the runs (default: runs)
   --workers N           runs at a time (default: one for each GPU, or else for each core); they share the cores' threads
@@ -36,7 +37,8 @@ is_count() { [[ $1 =~ ^[1-9][0-9]{0,5}$ ]]; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
-script="" runs_dir=runs workers="" dry_run="" slurm="" partition="" gpus_per_task="" cpus_per_task=1 time_limit=""
+script="" runs_dir=runs workers="" dry_run="" slurm="" only_slurm=""
+partition="" gpus_per_task="" cpus_per_task=1 time_limit=""
 env_ids=() seeds=() flags=()
 
 if [[ $# -eq 0 || $1 == --help || $1 == -h ]]; then
@@ -44,7 +46,8 @@ if [[ $# -eq 0 || $1 == --help || $1 == -h ]]; then
   exit 0
 fi
 if [[ $1 == --summary ]]; then
-  [[ -d ${2-} ]] || fail "--summary ${2-}: no such folder"
+  [[ $# -le 2 && -d ${2-} ]] || fail "--summary ${*:2}: no such folder"
+  command -v "$python" >/dev/null || fail "$python: no such program; name the interpreter with PYTHON=... in front"
   exec "$python" "$here/results/summary.py" "$2"
 fi
 
@@ -61,14 +64,14 @@ while [[ $# -gt 0 ]]; do
     break
     ;;
   --runs-dir | --workers | --partition | --gpus-per-task | --cpus-per-task | --time)
-    [[ $# -gt 0 ]] || fail "$option: give a value"
+    [[ $# -gt 0 && -n $1 && $1 != -* ]] || fail "$option: give a value"
     case $option in
     --runs-dir) runs_dir=$1 ;;
     --workers) workers=$1 ;;
-    --partition) partition=$1 ;;
-    --gpus-per-task) gpus_per_task=$1 ;;
-    --cpus-per-task) cpus_per_task=$1 ;;
-    --time) time_limit=$1 ;;
+    --partition) partition=$1 only_slurm=$option ;;
+    --gpus-per-task) gpus_per_task=$1 only_slurm=$option ;;
+    --cpus-per-task) cpus_per_task=$1 only_slurm=$option ;;
+    --time) time_limit=$1 only_slurm=$option ;;
     esac
     shift
     ;;
@@ -81,16 +84,21 @@ done
 [[ ${#env_ids[@]} -gt 0 ]] || fail "--env-ids: give one environment or more"
 [[ ${#seeds[@]} -gt 0 ]] || fail "--seeds: give one seed or more"
 for seed in "${seeds[@]}"; do
-  [[ $seed =~ ^[0-9]{1,18}$ ]] || fail "--seeds $seed: a seed is a whole number, not negative"
+  [[ $seed =~ ^(0|[1-9][0-9]{0,17})$ ]] || fail "--seeds $seed: a seed is a whole number, not negative"
 done
 [[ -z $workers ]] || is_count "$workers" || fail "--workers $workers: must be a number greater than 0"
 is_count "$cpus_per_task" || fail "--cpus-per-task $cpus_per_task: must be a number greater than 0"
 [[ -z $gpus_per_task ]] || is_count "$gpus_per_task" || fail "--gpus-per-task $gpus_per_task: must be a number greater than 0"
 for flag in ${flags[@]+"${flags[@]}"}; do
-  case ${flag%%=*} in --seed | --env-id | --dataset | --run-name | --runs-dir | --resume)
-    fail "-- $flag: the sweep sets this flag for each run" ;;
+  flag=${flag%%=*}
+  case ${flag//_/-} in
+  --seed | --env-id | --dataset | --run-name | --runs-dir | --resume | --no-resume)
+    fail "-- $flag: the sweep sets this flag for each run"
+    ;;
+  --evaluate | --units | --help | -h) fail "-- $flag: a sweep only trains, once for each environment and seed" ;;
   esac
 done
+[[ -n $slurm || -z $only_slurm ]] || fail "$only_slurm: is for --slurm"
 existing=$runs_dir
 while [[ ! -e $existing ]]; do existing=$(dirname "$existing"); done
 [[ -d $existing && -w $existing ]] || fail "--runs-dir $runs_dir: $existing is no folder that can be written to"
@@ -120,14 +128,27 @@ if [[ -n $dry_run ]]; then
 fi
 
 command -v "$python" >/dev/null || fail "$python: no such program; name the interpreter with PYTHON=... in front"
+[[ -z $slurm ]] || command -v sbatch >/dev/null ||
+  fail "--slurm: there is no sbatch here; leave --slurm out to run on this machine"
 logs=$runs_dir/logs
+printf -v given '%q ' ${flags[@]+"${flags[@]}"}
+for name in "${names[@]}"; do
+  [[ ! -e $logs/$name.flags ]] || { read -r started <"$logs/$name.flags" && [[ "$started " == "$given" ]]; } ||
+    fail "$name was started with other flags (see $logs/$name.flags); give the same, or another --runs-dir"
+done
 mkdir -p "$logs" 2>/dev/null || fail "--runs-dir $runs_dir: cannot make the folder $logs"
+for name in "${names[@]}"; do echo "${given% }" >"$logs/$name.flags"; done
+
+is_finished() { [[ -e $runs_dir/${names[$1]}/result.json ]]; }
 
 if [[ -n $slurm ]]; then
-  command -v sbatch >/dev/null || fail "--slurm: there is no sbatch here; leave --slurm out to run on this machine"
+  unfinished=()
+  for ((i = 0; i < total; i++)); do is_finished "$i" || unfinished+=("${commands[i]}"); done
+  [[ ${#unfinished[@]} -gt 0 ]] || { echo "all $total runs are finished" && exit 0; }
   list=$logs/${algorithm}__$(date +%s)__$$.list
-  printf '%s\n' "${commands[@]}" >"$list"
-  options=(--array="0-$((total - 1))" --requeue --job-name="$algorithm" --output="$logs/slurm-%A_%a.log")
+  printf '%s\n' "${unfinished[@]}" >"$list"
+  options=(--array="0-$((${#unfinished[@]} - 1))" --ntasks=1 --requeue --job-name="$algorithm")
+  options+=(--output="$logs/slurm-%A_%a.log")
   options+=(--open-mode=append --cpus-per-task="$cpus_per_task" --chdir="$PWD")
   [[ -z $partition ]] || options+=(--partition="$partition")
   [[ -z $gpus_per_task ]] || options+=(--gpus-per-task="$gpus_per_task")
@@ -139,35 +160,45 @@ if [[ -n $slurm ]]; then
 export OMP_NUM_THREADS=\$SLURM_CPUS_PER_TASK
 eval "exec \$(sed -n "\$((SLURM_ARRAY_TASK_ID + 1))p" $(printf %q "$list"))"
 END
-  echo "$total runs; ./benchmark.sh --summary $(printf %q "$runs_dir") tells how far they are"
+  echo "${#unfinished[@]} runs; ./benchmark.sh --summary $(printf %q "$runs_dir") tells how far they are"
   exit 0
 fi
 
-cores=$(nproc)
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
-[[ -n $workers ]] || workers=$((gpus > 0 ? gpus : cores))
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which would obey them
+visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)} || visible=""
+IFS=, read -ra gpus <<<"$visible"
+[[ -n $workers ]] || workers=$((${#gpus[@]} > 0 ? ${#gpus[@]} : cores))
 workers=$((workers < total ? workers : total))
 export OMP_NUM_THREADS=$((cores / workers > 0 ? cores / workers : 1))
 
-pids=() # of the runs under way, by worker
-running=()
-next=0 finished=0 failed=0 skipped=0
+pids=() running=() began=() # of the runs under way, by worker: process, number in the list, second
+next=0 finished=0 failed=0 skipped=0 spent=0
 
-stop() {
-  trap '' INT TERM
-  printf '\nstopping ...\n' >&2
-  for pid in ${pids[@]+"${pids[@]}"}; do kill -TERM "$pid" 2>/dev/null || true; done
+# However the sweep ends, its runs end with it, each with a checkpoint.
+end_runs() {
+  trap '' INT TERM HUP
+  # shellcheck disable=SC2046
+  kill -TERM $(jobs -p) 2>/dev/null || true
   wait
-  echo "stopped; the same command goes on" >&2
+}
+stop() {
+  printf '\nstopping ...\n' >&2 || true
+  end_runs
+  echo "stopped; the same command goes on" >&2 || true
   exit 130
 }
-trap stop INT TERM
+trap end_runs EXIT
+trap stop INT TERM HUP
 
 progress() {
-  local left="-" under_way=0 seconds=$SECONDS
-  for pid in ${pids[@]+"${pids[@]}"}; do [[ -z $pid ]] || under_way=$((under_way + 1)); done
+  local left="-" under_way=0 seconds
+  seconds=$((finished > 0 ? spent * (total - skipped - finished - failed) / finished : 0))
+  for ((worker = 0; worker < workers; worker++)); do
+    [[ -n ${pids[worker]-} ]] || continue
+    under_way=$((under_way + 1)) seconds=$((seconds - SECONDS + began[worker]))
+  done
   if [[ $finished -gt 0 ]]; then
-    seconds=$((seconds * (total - skipped - finished - failed) / finished))
+    seconds=$((seconds > 0 ? seconds / workers : 0))
     printf -v left '%d:%02d h' $((seconds / 3600)) $((seconds / 60 % 60))
   fi
   local line="$((finished + skipped))/$total done, $under_way running, $failed failed, $left left"
@@ -186,22 +217,22 @@ while :; do
       status=0
       wait "${pids[worker]}" || status=$?
       pids[worker]=""
-      if [[ $status -eq 0 ]]; then
-        finished=$((finished + 1))
+      if [[ $status -eq 0 ]] && is_finished "${running[worker]}"; then
+        finished=$((finished + 1)) spent=$((spent + SECONDS - began[worker]))
       else
         failed=$((failed + 1))
         name=${names[running[worker]]}
         printf '\n%s failed with status %d; the end of %s:\n' "$name" "$status" "$logs/$name.log" >&2
-        tail -n 5 "$logs/$name.log" >&2
+        tail -n 12 "$logs/$name.log" >&2 || true
       fi
     fi
-    while [[ $next -lt $total && -e $runs_dir/${names[next]}/result.json ]]; do
+    while [[ $next -lt $total ]] && is_finished $next; do
       next=$((next + 1)) skipped=$((skipped + 1))
     done
     if [[ $next -lt $total ]]; then
-      [[ $gpus -eq 0 ]] || export CUDA_VISIBLE_DEVICES=$((worker % gpus))
-      eval "exec ${commands[next]}" >>"$logs/${names[next]}.log" 2>&1 </dev/null &
-      pids[worker]=$! running[worker]=$next next=$((next + 1))
+      [[ ${#gpus[@]} -eq 0 ]] || export CUDA_VISIBLE_DEVICES=${gpus[worker % ${#gpus[@]}]}
+      { trap '' HUP && eval "exec ${commands[next]}"; } >>"$logs/${names[next]}.log" 2>&1 </dev/null &
+      pids[worker]=$! running[worker]=$next began[worker]=$SECONDS next=$((next + 1))
     fi
   done
   progress
@@ -211,7 +242,8 @@ while :; do
 done
 [[ ! -t 1 ]] || echo
 
-"$python" "$here/results/summary.py" "$runs_dir"
+"$python" "$here/results/summary.py" "$runs_dir" || failed=$((failed > 0 ? failed : -1))
+[[ $failed -ge 0 ]] || exit 1
 if [[ $failed -gt 0 ]]; then
   echo "$failed of $total runs failed; the same command tries them again" >&2
   exit 1

@@ -32,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -47,6 +48,12 @@ SAME_ALGORITHM = {  # flags that do not tell runs apart
     *("seed", "run_name", "runs_dir", "resume", "device", "evaluate", "eval_episodes", "eval_frequency"),
     *("checkpoint_frequency", "capture_video", "track", "wandb_project_name", "wandb_entity"),
 }
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"summary: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def records(path: Path) -> Iterator[bytes]:
@@ -99,9 +106,11 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     for path in sorted(folder.glob("*/args.json")):
         args, result_path = json.loads(path.read_text()), path.with_name("result.json")
         result = json.loads(result_path.read_text()) if result_path.exists() else None
-        named = path.parent.name.split("__")  # ENVIRONMENT__SCRIPT__SEED, before there is a result
-        script = result["script"] if result else named[1] if len(named) > 2 else "?"
         environment = args.get("env_id") or args.get("data") or args.get("dataset")
+        if args.get("units") or not environment:
+            continue  # an experiment of several trainings
+        named = path.parent.name.split("__")  # ENVIRONMENT__SCRIPT__SEED, before there is a result
+        script = result["script"] if result else named[-2] if len(named) > 2 else "?"
         by_environment[script, environment].append({"folder": path.parent, "args": args, "result": result})
     groups = defaultdict(list)
     for (script, environment), runs in by_environment.items():
@@ -115,34 +124,38 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
 
 def human_normalised(environment: str, score: float) -> float | None:
     """100 (score - random) / (human - random), None where no figures are known."""
-    game = re.sub(r"^ALE/|NoFrameskip|-v\d+$", "", environment)
-    game = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", game).lower()
+    game = re.sub(r"^ALE/|NoFrameskip|-v\d+$", "", environment).lower()
     with open(RESULTS / "atari_random_human.csv") as file:
         for row in csv.DictReader(file):
-            if row["game"] == game:
+            if row["game"].replace("_", "") == game:
                 return 100 * (score - float(row["random"])) / (float(row["human"]) - float(row["random"]))
     return None
+
+
+def shown(value: float, digits: int = 3) -> str:
+    """With so many digits, or as a whole number."""
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation, and the values themselves where they are few."""
     if len(values) == 1:
-        return f"{values[0]:.4g}"
-    each = f" ({', '.join(f'{value:.4g}' for value in values)})" if len(values) <= 5 else ""
-    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}{each}"
+        return shown(values[0])
+    each = f" ({', '.join(map(shown, values))})" if len(values) <= 5 else ""
+    return f"{shown(np.mean(values))} ± {shown(np.std(values, ddof=1), digits=2)}{each}"
 
 
 def interquartile_mean(values: list[float]) -> str:
     """With its 95 % interval, from 2,000 bootstrap samples."""
-    mean = stats.trim_mean(values, 0.25)
+    mean = shown(stats.trim_mean(values, 0.25))
     if len(set(values)) < 2:
-        return f"{mean:.4g}"
+        return mean
 
     def statistic(sample: np.ndarray, axis: int) -> np.ndarray:
         return stats.trim_mean(sample, 0.25, axis=axis)
 
     interval = stats.bootstrap((values,), statistic, n_resamples=2_000, method="percentile", rng=0).confidence_interval
-    return f"{mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+    return f"{mean} [{shown(interval.low)}, {shown(interval.high)}]"
 
 
 def table_row(script: str, environment: str, variant: str, runs: list[dict]) -> dict[str, str]:
@@ -150,7 +163,7 @@ def table_row(script: str, environment: str, variant: str, runs: list[dict]) -> 
     row = {
         "script": script,
         "environment": environment + (f" ({variant})" if variant else ""),
-        "seeds done": f"{len(results)} of {len(runs)}",
+        "seeds done": f"{len({result['seed'] for result in results})} of {len({run['args']['seed'] for run in runs})}",
     }
     if not results:
         return row
@@ -168,13 +181,15 @@ def table_row(script: str, environment: str, variant: str, runs: list[dict]) -> 
         row["return, last quarter"] = spread(last_quarters)
     if final:
         row["return, last 100"] = spread(final)
+        row["return, last 100, IQM"] = interquartile_mean(final)
     if scores:
         row["evaluation"] = spread(scores) + (" (test R²)" if "test_r2" in results[0] else "")
         row["evaluation, IQM"] = interquartile_mean(scores)
-        relative = human_normalised(environment, np.mean(scores))
-        row["human-normalised"] = "" if relative is None else f"{relative:.0f} %"
+        relative = [human_normalised(environment, score) for score in scores]
+        row["human-normalised, %"] = "" if None in relative else spread(relative)
+        row["human-normalised, IQM"] = "" if None in relative else interquartile_mean(relative)
     rates = [result.get("steps_per_second") or result.get("epochs_per_second") for result in results]
-    row["steps/s"] = f"{np.mean([rate for rate in rates if rate] or [0]):.0f}"
+    row["steps/s"] = f"{np.mean([rate for rate in rates if rate]):.0f}" if any(rates) else ""
     row["hours"] = f"{sum(result['wall_seconds'] for result in results) / 3600:.2f}"
     return row
 
@@ -193,9 +208,13 @@ def write_tables(rows: list[dict[str, str]], folder: Path) -> None:
 
 
 def smooth(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """Mean return of the episodes that end within `width` steps before each point of the grid, NaN where none does."""
+    """Mean return of the episodes that end within `width` steps before each point of the grid.
+
+    The return of the last one before it where none does, and NaN before the first.
+    """
     sums = np.concatenate([[0], np.cumsum(returns)])
-    first, last = np.searchsorted(steps, grid - width, "right"), np.searchsorted(steps, grid, "right")
+    last = np.searchsorted(steps, grid, "right")
+    first = np.minimum(np.searchsorted(steps, grid - width, "right"), last - 1).clip(0)
     return np.where(last > first, (sums[last] - sums[first]) / np.maximum(last - first, 1), np.nan)
 
 
@@ -232,8 +251,11 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], path: P
 def summarise(folder: Path) -> None:
     groups = read_runs(folder)
     if not groups:
-        raise SystemExit(f"summary: error: there is no run in {folder}")
-    (folder / "summary").mkdir(exist_ok=True)
+        fail(f"there is no run in {folder}")
+    try:
+        (folder / "summary").mkdir(exist_ok=True)
+    except OSError as error:
+        fail(f"{folder / 'summary'}: {error.strerror}")
     all_finished = [run for runs in groups.values() for run in runs if run["result"]]
     with ProcessPoolExecutor() as pool:
         all_returns = pool.map(read_returns, [run["folder"] for run in all_finished], chunksize=8)
@@ -255,11 +277,14 @@ def summarise(folder: Path) -> None:
 def publish(run_dir: Path) -> None:
     """Copies what is published of a finished run."""
     if not (run_dir / "result.json").exists():
-        raise SystemExit(f"summary: error: {run_dir} is no finished run: it has no result.json")
+        fail(f"{run_dir} is no finished run: it has no result.json")
+    published = RESULTS / run_dir.name
+    if published.exists() and (published / "args.json").read_bytes() != (run_dir / "args.json").read_bytes():
+        fail(f"{published} is of another run; rename this one, or remove that one")
     read_returns(run_dir)
-    (RESULTS / run_dir.name).mkdir(exist_ok=True)
+    published.mkdir(exist_ok=True)
     for name in ("returns.csv", "args.json", "result.json"):
-        shutil.copy(run_dir / name, RESULTS / run_dir.name)
+        shutil.copy(run_dir / name, published)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import ale_py
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -81,13 +84,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sweep_leaves_runs_logs_tables_and_figures(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {*NAMES, "logs", "summary"}
-    assert {path.name for path in (whole / "logs").iterdir()} == {f"{name}.log" for name in NAMES}
+    assert {path.name for path in (whole / "logs").glob("*.log")} == {f"{name}.log" for name in NAMES}
     figures = {f"mlp_regression__{dataset}.png" for dataset in ("plane", "circle")}
     assert {path.name for path in (whole / "summary").iterdir()} == {"table.csv", "table.md", *figures}
     for name in NAMES:
         args = json.loads((whole / name / "args.json").read_text())
         assert (args["dataset"], str(args["seed"]), args["epochs"]) == (name.split("__")[0], name[-1], 50)
         assert json.loads((whole / name / "result.json").read_text())["torch_threads"] == max(1, os.cpu_count() // 4)
+
+
+def test_other_flags_need_another_folder(whole: Path) -> None:
+    result = sweep(*SWEEP, "--", *FLAGS, "--noise", "0.1", cwd=whole.parent)
+    assert result.returncode == 2
+    assert "plane__mlp_regression__1 was started with other flags" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_finished_sweep_does_nothing(whole: Path) -> None:
@@ -174,7 +184,13 @@ def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:
         ("mlp_regression.py --env-ids sine --seeds 1 --runs-dir file/sub", "file is no folder"),
         ("mlp_regression.py --env-ids sine --seeds 1 -- --seed=2", "the sweep sets this flag"),
         ("mlp_regression.py --env-ids sine --seeds 1 --slurm --gpus-per-task x", "--gpus-per-task x"),
+        ("mlp_regression.py --env-ids sine --seeds 1 -- --run_name x", "the sweep sets this flag"),
+        ("mlp_regression.py --env-ids sine --seeds 1 -- --units 1 2", "a sweep only trains"),
+        ("mlp_regression.py --env-ids sine --seeds 01", "--seeds 01"),
+        ("mlp_regression.py --env-ids sine --seeds 1 --partition gpu", "--partition: is for --slurm"),
+        ("mlp_regression.py --env-ids sine --seeds 1 --runs-dir --dry-run", "--runs-dir: give a value"),
         ("--summary", "no such folder"),
+        ("--summary nowhere extra", "no such folder"),
         ("--summary nowhere", "--summary nowhere: no such folder"),
     ],
 )
@@ -218,10 +234,12 @@ SlurmdLogFile={folder}/slurmd.log
 KillWait=5
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-NodeName={node} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
+GresTypes=gpu
+NodeName={node} Gres=gpu:2 NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
     )
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # stand for GPUs
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     user = pwd.getpwnam("munge")
     Path("/run/munge").mkdir(exist_ok=True)
@@ -245,7 +263,7 @@ def slurm_says(*command: str) -> str:
 
 @pytest.mark.usefixtures("slurm")
 def test_slurm_runs_the_array_and_a_requeued_task_resumes(whole: Path, here: Path) -> None:
-    flags = ["--slurm", "--partition", "main", "--time", "1:00:00", "--", *FLAGS]
+    flags = ["--slurm", "--partition", "main", "--gpus-per-task", "1", "--time", "1:00:00", "--", *FLAGS]
     result = sweep("mlp_regression.py", "--env-ids", "plane", "circle", "--seeds", "1", *flags, cwd=here)
     assert (result.returncode, result.stderr) == (0, "")
     job = result.stdout.split("Submitted batch job ")[1].split()[0]
@@ -298,12 +316,37 @@ def test_the_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert row["evaluation, IQM"].split()[0] == "8"  # the mean of 5, 7, 9 and 11
     low, high = (float(bound.strip("[],")) for bound in row["evaluation, IQM"].split()[1:])
     assert -5 < low < 8 < high < 14
-    assert row["human-normalised"] == f"{100 * (6 + 20.7) / (14.6 + 20.7):.0f} %"
+    relative = 100 * (np.array(evaluations) + 20.7) / (14.6 + 20.7)
+    assert row["human-normalised, %"] == f"{relative.mean():.3g} ± {relative.std(ddof=1):.2g}"
     assert (row["steps/s"], row["hours"]) == ("104", "4.00")
     assert other["environment"] == "ALE/Pong-v5 (gamma 0.9)"
     assert (tmp_path / "summary" / "table.md").read_text().splitlines()[1].startswith("|---|")
     assert "8 of 9" in capsys.readouterr().out
     assert (tmp_path / "summary" / "dqn_atari__ALE-Pong-v5.png").stat().st_size > 5_000
+
+
+def test_the_57_games_have_their_figures() -> None:
+    gym.register_envs(ale_py)
+    games = [env_id for env_id in gym.registry if re.fullmatch(r"ALE/\w+-v5", env_id)]
+    assert sum(summary.human_normalised(env_id, 0.0) is not None for env_id in games) == 57
+    assert summary.human_normalised("ALE/UpNDown-v5", 533.4) == 0  # as by a random player
+
+
+def test_smooth_by_hand() -> None:
+    """Means over windows of 2 steps, the last episode where a window is empty, nothing before the first."""
+    steps, returns = np.array([2.0, 3.0, 9.0]), np.array([4.0, 8.0, 1.0])
+    smoothed = summary.smooth(steps, returns, np.array([1.0, 2.0, 3.0, 4.0, 7.0, 9.0]), 2)
+    np.testing.assert_array_equal(smoothed, [np.nan, 4, 6, 8, 8, 1])
+
+
+def test_trials_of_several_trainings_are_left_out(tmp_path: Path) -> None:
+    """`--units` leaves the folder of another kind of result, README's command in the folder of the runs."""
+    run_dir = make_run(tmp_path, 1, [1.0], 1.0)
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / "args.json").write_text('{"dataset": "sine", "units": [1, 2]}')
+    (tmp_path / "units" / "result.json").write_text('{"units": [1, 2], "largest_error": [1.0, 0.5]}')
+    ((run,),) = summary.read_runs(tmp_path).values()
+    assert run["folder"] == run_dir
 
 
 def test_returns_of_a_resumed_run_are_those_that_tensorboard_shows(tmp_path: Path) -> None:
