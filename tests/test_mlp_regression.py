@@ -186,6 +186,12 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> Non
     assert ((mlp.predict(model, torch.from_numpy(x)).numpy() - y) ** 2).mean() == pytest.approx(losses.min(), rel=1e-5)
 
 
+def test_scores_by_hand() -> None:
+    scores = mlp.scores(np.array([[1.0], [2.0], [4.0]]), np.array([[1.0], [3.0], [5.0]]), [3.0])
+    assert scores == pytest.approx({"mse": 2 / 3, "rmse": (2 / 3) ** 0.5, "r2": 1 - 2 / 8, "baseline_mse": 8 / 3})
+    assert mlp.scores(np.zeros((2, 1)), np.ones((2, 1)), [0.0])["r2"] is None
+
+
 def test_lbfgs_killed_resumes_to_the_bit(tmp_path: Path) -> None:
     """Its state is its history of steps and gradients; killed right after the second checkpoint."""
     flags = ["--restarts", "2", "--epochs", "12", "--checkpoint-frequency", "5", "--run-name"]
