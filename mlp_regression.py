@@ -53,6 +53,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -434,15 +435,35 @@ def make_model(args: Args, d: int, k: int, examples: torch.Tensor | None = None)
 # --- The update -------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
+class SGD:
+    """w <- w - lr grad_w. As torch.optim.SGD, whose bookkeeping takes a third of the time of so small a step."""
+
+    def __init__(self, weights: Iterable[torch.Tensor], lr: float):
+        self.weights, self.lr = list(weights), lr
+
+    def zero_grad(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch._foreach_add_(self.weights, [weight.grad for weight in self.weights], alpha=-self.lr)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def make_optimizer(args: Args, model: nn.Module) -> SGD | torch.optim.Optimizer:
     if args.optimizer == "lbfgs":
         return torch.optim.LBFGS(model.parameters(), lr=args.learning_rate, line_search_fn="strong_wolfe")
-    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[args.optimizer]
-    return optimizer(model.parameters(), lr=args.learning_rate)
+    return {"sgd": SGD, "adam": torch.optim.Adam}[args.optimizer](model.parameters(), lr=args.learning_rate)
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, batch_size: int | None
+    model: nn.Module, optimizer: SGD | torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, batch_size: int | None
 ) -> float:
     """One pass over x (n, d) and y (n, k); returns the mean loss, each minibatch before its step."""
     if batch_size is None:  # 8: all examples at once
@@ -799,7 +820,7 @@ def train(args: Args) -> None:
     # A killed run repeats what came after its checkpoint: TensorBoard forgets the first version from purge_step on.
     writer = SummaryWriter(run_dir, purge_step=checkpoint["progress"]["global_step"] + 1 if checkpoint else 0)
 
-    def begin() -> tuple[nn.Module, torch.optim.Optimizer]:
+    def begin() -> tuple[nn.Module, SGD | torch.optim.Optimizer]:
         model = make_model(args, x.shape[1], y.shape[1], x.cpu()).to(device)
         return model, make_optimizer(args, model)
 
