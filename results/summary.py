@@ -230,7 +230,8 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], path: P
         curves = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
         grid, curves = grid[np.isfinite(curves).all(axis=0)], curves[:, np.isfinite(curves).all(axis=0)]
         color = f"C{index}"
-        axes.plot(grid, curves.mean(axis=0), color=color, linewidth=2, label=f"{variant or 'mean'} ({len(runs)} seeds)")
+        label = f"{variant or 'mean'} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+        axes.plot(grid, curves.mean(axis=0), color=color, linewidth=2, label=label)
         if len(runs) > 1:
             axes.plot(grid, curves.T, color=color, linewidth=0.6, alpha=0.5)
             interval = stats.bootstrap(
