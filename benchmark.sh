@@ -133,7 +133,7 @@ command -v "$python" >/dev/null || fail "$python: no such program; name the inte
 logs=$runs_dir/logs
 printf -v given '%q ' ${flags[@]+"${flags[@]}"}
 for name in "${names[@]}"; do
-  [[ ! -e $logs/$name.flags ]] || { read -r started <"$logs/$name.flags" && [[ "$started " == "$given" ]]; } ||
+  [[ ! -d $runs_dir/$name || ! -e $logs/$name.flags ]] || { read -r started <"$logs/$name.flags" && [[ "$started " == "$given" ]]; } ||
     fail "$name was started with other flags (see $logs/$name.flags); give the same, or another --runs-dir"
 done
 mkdir -p "$logs" 2>/dev/null || fail "--runs-dir $runs_dir: cannot make the folder $logs"

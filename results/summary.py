@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent
 MAX_ROWS = 5_000  # of a returns.csv: under 100 KB
 TAGS = ("charts/episodic_return", "losses/validation")
 START = b":\x02\x08\x01"  # of an event that says where a resumed run begins to log again, in bytes
-MATTERS = re.compile(b"|".join([*map(str.encode, TAGS), START])).search  # parsing all takes three times as long
+MATTERS = re.compile(b"|".join([*map(str.encode, TAGS), START])).search  # parsing all takes twice as long
 SAME_ALGORITHM = {  # flags that do not tell runs apart
     *("seed", "run_name", "runs_dir", "resume", "device", "evaluate", "eval_episodes", "eval_frequency"),
     *("checkpoint_frequency", "capture_video", "track", "wandb_project_name", "wandb_entity"),

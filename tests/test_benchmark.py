@@ -143,6 +143,8 @@ def test_one_run_that_fails_stops_no_other(here: Path) -> None:
     assert "--dataset no such: choose one of" in result.stderr
     assert "1 of 2 runs failed" in result.stderr
     assert (here / "runs/plane__mlp_regression__3/result.json").exists()
+    again = sweep("mlp_regression.py", "--env-ids", "no such", "--seeds", "3", "--", "--epochs", "3", cwd=here)
+    assert again.returncode == 1  # what never came to be a run may be tried with other flags
 
 
 def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:

@@ -371,8 +371,8 @@ def test_exploration_and_environment_draw_different_numbers(tmp_path: Path, stor
     args = ddpg.Args(env_id="Shaken-v0", runs_dir=tmp_path, run_name="shaken", total_timesteps=300, learning_starts=300)
     args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
     ddpg.train(args)
+    actions = np.array([action for _, action, *_ in stored])
     for dimension in (0, 1):
-        actions = np.array([action for _, action, *_ in stored])
         correlation = np.corrcoef(actions[:, dimension], np.array(Shaken.noise)[:, dimension])[0, 1]
         assert abs(correlation) < 0.3
 
