@@ -139,9 +139,9 @@ class Args:
     learning_rate: float | None = None
     """step size. Default: 1 with lbfgs, else 0.001"""
     batch_size: int | None = None
-    """examples in a minibatch. Default: 10 with sgd, 64 with adam"""
-    patience: int = 0
-    """end after this many epochs without a better validation loss; 0: never"""
+    """examples in a minibatch. Default: 10 with sgd, 64 with adam; with adam and --data 200, or all if fewer"""
+    patience: int | None = None
+    """end after this many epochs without a better validation loss; 0: never. Default: 0; with --data 20"""
     restarts: int | None = None
     """random starts, of which the best is kept. Default: 20 with lbfgs for rbf and mlp, else 1"""
     units: tuple[int, ...] = ()
@@ -163,8 +163,11 @@ def fill_defaults(args: Args) -> None:
     default("learning_rate", 1.0 if lbfgs else 1e-3)
     default("init_scale", 8.0 if lbfgs and not args.data else 0.0)
     default("restarts", 20 if lbfgs and args.model in ("rbf", "mlp") else 1)
-    if not lbfgs:
-        default("batch_size", 10 if args.optimizer == "sgd" else 64)
+    default("patience", 20 if args.data else 0)
+    if args.optimizer == "sgd":
+        default("batch_size", 10)
+    elif args.optimizer == "adam" and not args.data:
+        default("batch_size", 64)
 
 
 def plain(args: Args) -> dict:
@@ -811,6 +814,7 @@ def train(args: Args) -> None:
     parts = {part: tuple(torch.from_numpy(array).to(device) for array in arrays[part]) for part in PARTS}
     x, y = parts["training"]
     x_validation, _ = parts["validation"]
+    batch_size = min(200, len(x)) if args.batch_size is None and args.optimizer == "adam" else args.batch_size
     run_dir.mkdir(parents=True, exist_ok=args.resume)
     lock(run_dir)
     if not checkpoint:
@@ -870,7 +874,7 @@ def train(args: Args) -> None:
             progress.best_loss = math.inf
             model, optimizer = begin()  # 5
         epoch_start = time.perf_counter()
-        loss = train_epoch(model, optimizer, x, y, args.batch_size)  # 7 to 12
+        loss = train_epoch(model, optimizer, x, y, batch_size)  # 7 to 12
         validation = scores(predict(model, x_validation).cpu().numpy(), arrays["validation"][1], [0.0] * y.shape[1])
         validation_loss = validation["mse"]
         if not math.isfinite(loss + validation_loss):

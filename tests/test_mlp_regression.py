@@ -437,6 +437,16 @@ def test_true_and_false_with_gaps_and_rows_without_answers(tmp_path: Path) -> No
         np.testing.assert_allclose(predicted, [1, 0, 0], atol=0.1)
 
 
+def test_a_small_table_with_the_defaults(tmp_path: Path) -> None:
+    """Fewer rows than a usual minibatch are one; pure noise has nothing to teach, and the training soon ends."""
+    rng = np.random.default_rng(0)
+    pd.DataFrame(rng.standard_normal((60, 3)), columns=["a", "b", "t"]).to_csv(tmp_path / "t.csv", index=False)
+    result = run("mlp_regression", "--data", "t.csv", "--target", "t", "--run-name", "t", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    figures = json.loads((tmp_path / "runs" / "t" / "result.json").read_text())
+    assert figures["epochs"] == figures["best_epoch"] + 20
+
+
 def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Tiny units are no constant; names are left out; one bad cell makes a number text."""
     frame = houses()
