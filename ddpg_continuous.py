@@ -26,8 +26,8 @@ Deep deterministic policy gradient. The numbers stand again in `train`, where ea
 Differs from the paper:
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
-- The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with layer normalisation; the README
-  has the command line with the paper's own settings.
+- The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with a gentle layer normalisation
+  (`--layer-norm-eps`); the README has the command line with the paper's own settings.
 """
 
 # /// script
@@ -138,6 +138,9 @@ class Args:
     """units in the hidden layers of actor and critic"""
     normalisation: str = "layer"
     """layer, batch or none, before each hidden layer's ReLU"""
+    layer_norm_eps: float = 1.0
+    """added to the variance that layer normalisation divides by: at 1 it tames large values and leaves small ones
+    small, which at PyTorch's 1e-5 it would blow up"""
     action_layer: int = 1
     """hidden layer of the critic that the action joins as an input (the paper: 2)"""
     final_init: float = 0.0
@@ -246,7 +249,7 @@ class MLP(nn.Module):
         for layer, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             self.hidden.append(nn.Linear(before + d_extra * (layer == self.extra_layer), after))
             if args.normalisation == "layer":
-                self.norms.append(nn.LayerNorm(after))
+                self.norms.append(nn.LayerNorm(after, eps=args.layer_norm_eps))
             elif args.normalisation == "batch" and not 0 < self.extra_layer <= layer:
                 self.norms.append(nn.BatchNorm1d(after))
             else:
@@ -778,7 +781,7 @@ def check_args(args: Args) -> None:
         if getattr(args, name) not in allowed:
             reject(args, name, f"choose one of {', '.join(allowed)}")
     counts = ("total_timesteps", "buffer_size", "batch_size", "learning_starts", "policy_frequency")
-    for name in (*counts, "learning_rate"):
+    for name in (*counts, "learning_rate", "layer_norm_eps"):
         if not 0 < getattr(args, name) < math.inf:
             reject(args, name, "must be greater than 0")
     for name in ("actor_learning_rate", "weight_decay", "final_init", "exploration_noise"):
@@ -884,7 +887,7 @@ def evaluate_model(args: Args) -> None:
     """Acts with the weights of a model.pt, in the environment that it was trained on."""
     content = load(args.evaluate, "--evaluate", "model")
     # Parsed again, the environment and the networks' shapes default to those of the training.
-    names = ("env_id", "hidden_sizes", "normalisation", "final_init")
+    names = ("env_id", "hidden_sizes", "normalisation", "layer_norm_eps", "final_init")
     trained = Args(**{name: content["args"][name] for name in names})
     args = tyro.cli(Args, default=trained)
     if args.env_id != trained.env_id:

@@ -2,7 +2,8 @@
 
     python results/summary.py runs                                # of the runs in a folder, into runs/summary/
     python results/summary.py --publish runs/pong-1 runs/pong-2   # copies what is published of these runs into results/
-    python results/summary.py results                             # redraws everything that is published
+    python results/summary.py --publish --into brittle runs/b/*   # into a folder of its own, results/brittle/
+    python results/summary.py results                             # redraws what is published
 
 A finished run gets a returns.csv: the step at which each training episode ended and its return (for regression, epoch
 and validation loss). Beside it lie the script's own args.json and result.json; every figure comes from these three.
@@ -275,24 +276,28 @@ def summarise(folder: Path) -> None:
     print(f"\ntable.csv, table.md and {len(figures)} figures: {folder / 'summary'}")
 
 
-def publish(run_dir: Path) -> None:
-    """Copies what is published of a finished run."""
+def publish(run_dir: Path, folder: Path) -> None:
+    """Copies what is published of a finished run into a folder."""
     if not (run_dir / "result.json").exists():
         fail(f"{run_dir} is no finished run: it has no result.json")
-    published = RESULTS / run_dir.name
+    published = folder / run_dir.name
     if published.exists() and (published / "args.json").read_bytes() != (run_dir / "args.json").read_bytes():
         fail(f"{published} is of another run; rename this one, or remove that one")
     read_returns(run_dir)
-    published.mkdir(exist_ok=True)
+    published.mkdir(parents=True, exist_ok=True)
     for name in ("returns.csv", "args.json", "result.json"):
         shutil.copy(run_dir / name, published)
 
 
 def main() -> None:
     match sys.argv[1:]:
+        case ["--publish", "--into", folder, *run_dirs] if run_dirs:
+            for run_dir in run_dirs:
+                publish(Path(run_dir), RESULTS / folder)
+            summarise(RESULTS / folder)
         case ["--publish", *run_dirs] if run_dirs:
             for run_dir in run_dirs:
-                publish(Path(run_dir))
+                publish(Path(run_dir), RESULTS)
             summarise(RESULTS)
         case [folder] if Path(folder).is_dir():
             summarise(Path(folder))
