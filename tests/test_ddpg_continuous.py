@@ -109,20 +109,27 @@ def test_soft_update() -> None:
     assert parameters[0].tolist() == [1.0, 3.0]
 
 
-@pytest.mark.parametrize("action_layer", [1, 2])
-def test_networks_equal_the_formula(action_layer: int) -> None:
+@pytest.mark.parametrize(("normalisation", "action_layer"), [("none", 1), ("none", 2), ("layer", 1), ("layer", 2)])
+def test_networks_equal_the_formula(normalisation: str, action_layer: int) -> None:
     torch.manual_seed(0)
-    args = ddpg.Args(hidden_sizes=(7, 6), normalisation="none", action_layer=action_layer, final_init=3e-3)
+    args = ddpg.Args(hidden_sizes=(7, 6), normalisation=normalisation, action_layer=action_layer, final_init=3e-3)
     actor, critic = ddpg.Actor(args, 4, 2), ddpg.Critic(args, 4, 2)
     obs, action = torch.randn(5, 4), torch.rand(5, 2)
-    w1, b1, w2, b2, w3, b3 = actor.parameters()
-    expected = torch.tanh((((obs @ w1.T + b1).clamp(0) @ w2.T + b2).clamp(0)) @ w3.T + b3)
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        if normalisation == "none":
+            return x
+        return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + args.layer_norm_eps).sqrt()
+
+    w1, b1, w2, b2, w3, b3 = [*actor.hidden.parameters(), *actor.last.parameters()]
+    first = normalised(obs @ w1.T + b1).clamp(0)
+    expected = torch.tanh(normalised(first @ w2.T + b2).clamp(0) @ w3.T + b3)
     torch.testing.assert_close(actor(obs), expected)
     assert w3.abs().max() <= 3e-3
-    w1, b1, w2, b2, w3, b3 = critic.parameters()
-    first = (torch.cat([obs, action], 1) if action_layer == 1 else obs) @ w1.T + b1
-    second = (first.clamp(0) if action_layer == 1 else torch.cat([first.clamp(0), action], 1)) @ w2.T + b2
-    torch.testing.assert_close(critic(obs, action), (second.clamp(0) @ w3.T + b3)[:, 0])
+    w1, b1, w2, b2, w3, b3 = [*critic.hidden.parameters(), *critic.last.parameters()]
+    first = normalised((torch.cat([obs, action], 1) if action_layer == 1 else obs) @ w1.T + b1).clamp(0)
+    second = normalised((first if action_layer == 1 else torch.cat([first, action], 1)) @ w2.T + b2).clamp(0)
+    torch.testing.assert_close(critic(obs, action), (second @ w3.T + b3)[:, 0])
 
 
 @pytest.mark.parametrize(("noise", "deviation", "kept"), [("gaussian", 0.2, 0.0), ("ornstein-uhlenbeck", 0.3797, 0.85)])
@@ -436,6 +443,7 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
         ("--exploration-noise -1", "--exploration-noise -1"),
         ("--noise pink", "choose one of gaussian, ornstein-uhlenbeck"),
         ("--normalisation group", "choose one of layer, batch, none"),
+        ("--layer-norm-eps 0", "--layer-norm-eps 0.0: must be greater than 0"),
         ("--hidden-sizes 0 1", "--hidden-sizes"),
         ("--action-layer 3", "--action-layer 3"),
         ("--evaluate hopper.pt --env-id HalfCheetah-v5", "was trained on Hopper-v5"),
@@ -465,15 +473,17 @@ def test_a_model_is_evaluated_without_the_default_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine without MuJoCo can evaluate a pendulum."""
-    args = ddpg.Args(env_id="Pendulum-v1", hidden_sizes=(8,))
+    args = ddpg.Args(env_id="Pendulum-v1", hidden_sizes=(8,), layer_norm_eps=3.0)
     content = {"script": "ddpg_continuous", "kind": "model", "args": ddpg.plain(args)}
-    torch.save({**content, "actor": ddpg.Actor(args, 3, 1).state_dict()}, tmp_path / "model.pt")
+    actor = ddpg.Actor(args, 3, 1)
+    torch.save({**content, "actor": actor.state_dict()}, tmp_path / "model.pt")
     make, made = gym.make, []
     monkeypatch.setattr(ddpg.gym, "make", lambda env_id, **options: made.append(env_id) or make(env_id, **options))
     monkeypatch.setattr("sys.argv", ["ddpg", "--evaluate", str(tmp_path / "model.pt"), "--eval-episodes", "1"])
     ddpg.main()
     assert set(made) == {"Pendulum-v1"}
-    assert "Pendulum-v1: mean return" in capsys.readouterr().out
+    args.eval_episodes = 1  # the same network, the same episode
+    assert f"Pendulum-v1: mean return {ddpg.evaluate(args, actor)[0]:.1f}," in capsys.readouterr().out
 
 
 def test_an_environment_that_does_not_repeat_is_not_resumed(
