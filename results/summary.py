@@ -245,7 +245,7 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], path: P
         axes.set(xlabel="steps", ylabel="return of training episodes")
     axes.set_title(f"{script}.py, {environment}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", framealpha=0.5)
     figure.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.91)
     figure.savefig(path, dpi=110)
 
