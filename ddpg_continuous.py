@@ -226,6 +226,10 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl")  # nor do MuJoCo's
     shutil.rmtree(video_dir, ignore_errors=True)
     env = Rescaled(gym.make(args.env_id, render_mode="rgb_array"))
+    if hasattr(env.unwrapped, "mujoco_renderer"):  # Gymnasium's default camera stays behind a HalfCheetah; -1: no other
+        env.unwrapped.mujoco_renderer.camera_id = mujoco.mj_name2id(
+            env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track"
+        )
     return gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
 
 

@@ -469,6 +469,21 @@ def test_mujoco_missing_names_what_installs_it(capsys: pytest.CaptureFixture, mo
     assert 'pip install "gymnasium[mujoco]"' in message_of(ddpg, [], capsys, monkeypatch)
 
 
+def test_the_camera_follows(tmp_path: Path) -> None:
+    """A cheetah far from the start is in the picture, its brown as large as at the start."""
+    with ddpg.make_env(ddpg.Args(), tmp_path / "videos") as env:
+        try:
+            env.reset(seed=1)
+        except Exception as error:  # every renderer has its own
+            pytest.skip(f"MuJoCo cannot draw here: {error}")
+        brown = []
+        for x in (0.0, 50.0):
+            env.unwrapped.set_state(np.array([x, *env.unwrapped.data.qpos[1:]]), env.unwrapped.data.qvel)
+            red, green, blue = env.unwrapped.render().astype(int).transpose(2, 0, 1)
+            brown.append(np.mean((red > 1.15 * green) & (green > 1.15 * blue)))
+    assert 0.01 < brown[0] < 2 * brown[1]
+
+
 def test_a_model_is_evaluated_without_the_default_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
