@@ -327,6 +327,23 @@ def test_the_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert (tmp_path / "summary" / "dqn_atari__ALE-Pong-v5.png").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("into", [[], ["--into", "brittle"]])
+def test_publish(into: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three files of each run, tables and curves; a run of the same name with other flags is not replaced."""
+    run_dir = make_run(tmp_path / "runs", 1, [1.0, 2.0], 3.0)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(summary, "human_normalised", lambda environment, score: None)
+    monkeypatch.setattr("sys.argv", ["summary", "--publish", *into, str(run_dir)])
+    summary.main()
+    published = tmp_path / "results" / Path(*into[1:]) / run_dir.name
+    assert {path.name for path in published.iterdir()} == {"args.json", "result.json", "returns.csv"}
+    assert (published.parent / "summary" / "table.csv").exists()
+    (run_dir / "args.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        summary.main()
+    assert (published / "args.json").read_text() != "{}"
+
+
 def test_the_57_games_have_their_figures() -> None:
     gym.register_envs(ale_py)
     games = [env_id for env_id in gym.registry if re.fullmatch(r"ALE/\w+-v5", env_id)]
