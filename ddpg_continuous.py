@@ -226,7 +226,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl")  # nor do MuJoCo's
     shutil.rmtree(video_dir, ignore_errors=True)
     env = Rescaled(gym.make(args.env_id, render_mode="rgb_array"))
-    if hasattr(env.unwrapped, "mujoco_renderer"):  # Gymnasium's default camera stays behind a HalfCheetah; -1: no other
+    if hasattr(env.unwrapped, "mujoco_renderer"):  # whose default camera, -1, stays behind where the agent runs away
         env.unwrapped.mujoco_renderer.camera_id = mujoco.mj_name2id(
             env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track"
         )
@@ -890,7 +890,7 @@ def available_memory() -> float:
 def evaluate_model(args: Args) -> None:
     """Acts with the weights of a model.pt, in the environment that it was trained on."""
     content = load(args.evaluate, "--evaluate", "model")
-    # Parsed again, the environment and the networks' shapes default to those of the training.
+    # Parsed again, the environment and the networks default to those of the training.
     names = ("env_id", "hidden_sizes", "normalisation", "layer_norm_eps", "final_init")
     trained = Args(**{name: content["args"][name] for name in names})
     args = tyro.cli(Args, default=trained)
