@@ -814,7 +814,7 @@ def train(args: Args) -> None:
     parts = {part: tuple(torch.from_numpy(array).to(device) for array in arrays[part]) for part in PARTS}
     x, y = parts["training"]
     x_validation, _ = parts["validation"]
-    batch_size = min(200, len(x)) if args.batch_size is None and args.optimizer == "adam" else args.batch_size
+    batch_size = 200 if args.batch_size is None and args.optimizer == "adam" else args.batch_size
     run_dir.mkdir(parents=True, exist_ok=args.resume)
     lock(run_dir)
     if not checkpoint:
