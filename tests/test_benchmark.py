@@ -147,6 +147,26 @@ def test_one_run_that_fails_stops_no_other(here: Path) -> None:
     assert again.returncode == 1  # what never came to be a run may be tried with other flags
 
 
+def test_each_gpu_gets_a_worker(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three GPUs by a stand-in for nvidia-smi: three runs at a time, each sees one of them."""
+    (here / "nvidia-smi").write_text("#!/bin/sh\nprintf '4\\n6\\n7\\n'\n")
+    (here / "nvidia-smi").chmod(0o755)
+    (here / "probe.py").write_text(
+        "import os, runpy\n"
+        'print("GPU", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)\n'
+        'runpy.run_path("mlp_regression.py", run_name="__main__")\n'
+    )
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    flags = ["--device", "cpu", "--optimizer", "adam", "--epochs", "1"]
+    result = sweep("probe.py", "--env-ids", "plane", "--seeds", "1", "2", "3", "4", "--", *flags, cwd=here)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "0/4 done, 3 running" in result.stdout
+    seen = [(here / f"runs/logs/plane__probe__{seed}.log").read_text().split("\n")[0] for seed in (1, 2, 3, 4)]
+    assert seen[:3] == ["GPU 4", "GPU 6", "GPU 7"]
+    assert seen[3] in seen[:3]
+
+
 def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:
     """Odd characters reach the script as they are; the names of runs hold none."""
     odd = ["ALE/Pong-v5", "a b", "it's", 'say "$HOME"', "ü*"]
