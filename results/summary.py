@@ -35,10 +35,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-from matplotlib.figure import Figure
-from scipy import stats
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+try:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from scipy import stats
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+except ModuleNotFoundError as error:
+    print(f"summary: error: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from None
 
 RESULTS = Path(__file__).parent
 MAX_ROWS = 5_000  # of a returns.csv: under 100 KB
