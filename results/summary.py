@@ -105,6 +105,12 @@ def read_returns(run_dir: Path) -> np.ndarray:
         return np.array([tuple(map(float, row)) for row in csv.reader(file) if row[0] != "step"]).reshape(-1, 2)
 
 
+def in_order(value: object) -> tuple[bool, float, str]:
+    """What a flag's values are sorted by: numbers by their size, all else by its letters, after them."""
+    number = isinstance(value, int | float)
+    return not number, value if number else 0.0, str(value)
+
+
 def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     """The runs of a folder by script, environment and the flags in which runs of these two differ."""
     by_environment = defaultdict(list)
@@ -121,7 +127,7 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     for (script, environment), runs in by_environment.items():
         names = {name for run in runs for name in run["args"]} - SAME_ALGORITHM
         differing = sorted(name for name in names if len({str(run["args"].get(name)) for run in runs}) > 1)
-        for run in runs:
+        for run in sorted(runs, key=lambda run: [in_order(run["args"].get(name)) for name in differing]):
             variant = ", ".join(f"{name} {run['args'].get(name)}" for name in differing)
             groups[script, environment, variant].append(run)
     return groups
@@ -224,7 +230,7 @@ def smooth(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, width: floa
 
 
 def draw(script: str, environment: str, variants: dict[str, list[dict]], path: Path) -> None:
-    """Mean over seeds of the training returns, with its 95 % bootstrap interval, and each seed as a thin line."""
+    """Mean over seeds of the training returns, with its 95 % bootstrap interval; few runs also as thin lines."""
     figure = Figure(figsize=(6, 3.6))
     axes = figure.subplots()
     regression = all("test_r2" in run["result"] for runs in variants.values() for run in runs)
@@ -238,7 +244,8 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], path: P
         label = f"{variant or 'mean'} ({len(runs)} seed{'s' * (len(runs) > 1)})"
         axes.plot(grid, curves.mean(axis=0), color=color, linewidth=2, label=label)
         if len(runs) > 1:
-            axes.plot(grid, curves.T, color=color, linewidth=0.6, alpha=0.5)
+            if len(variants) <= 3:
+                axes.plot(grid, curves.T, color=color, linewidth=0.6, alpha=0.5)
             interval = stats.bootstrap(
                 (curves,), np.mean, axis=0, n_resamples=500, method="percentile", rng=0, vectorized=True
             ).confidence_interval
