@@ -365,6 +365,13 @@ def test_publish(into: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (published / "args.json").read_text() != "{}"
 
 
+def test_a_missing_package_is_named() -> None:
+    command = [sys.executable, "-S", ROOT / "results" / "summary.py"]  # sees the standard library alone
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "summary: error: numpy is not installed; pip install -r requirements.txt\n"
+
+
 def test_the_57_games_have_their_figures() -> None:
     gym.register_envs(ale_py)
     games = [env_id for env_id in gym.registry if re.fullmatch(r"ALE/\w+-v5", env_id)]
