@@ -230,7 +230,7 @@ def smooth(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, width: floa
 
 
 def draw(script: str, environment: str, variants: dict[str, list[dict]], path: Path) -> None:
-    """Mean over seeds of the training returns, with its 95 % bootstrap interval; of up to three settings also each run."""
+    """Mean over seeds of the training returns, its 95 % bootstrap interval; up to three settings: also each run."""
     figure = Figure(figsize=(6, 3.6))
     axes = figure.subplots()
     regression = all("test_r2" in run["result"] for runs in variants.values() for run in runs)
