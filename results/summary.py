@@ -7,6 +7,7 @@
 
 A finished run gets a returns.csv: the step at which each training episode ended and its return (for regression, epoch
 and validation loss). Beside it lie the script's own args.json and result.json; every figure comes from these three.
+A published run also has the evaluations during the training and the critic's values, evaluations.csv and values.csv.
 Runs that differ in more than the seed are told apart. Over seeds: mean and standard deviation, interquartile mean with
 a 95 % bootstrap interval. For the 57 Atari games that the literature normalises (atari_random_human.csv, from DQN
 Zoo): the score relative to a random player, 0 %, and a human, 100 %.
@@ -45,10 +46,13 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 
 RESULTS = Path(__file__).parent
-MAX_ROWS = 5_000  # of a returns.csv: under 100 KB
-TAGS = ("charts/episodic_return", "losses/validation")
+MAX_ROWS = 5_000  # of a curve's file: under 100 KB
 START = b":\x02\x08\x01"  # of an event that says where a resumed run begins to log again, in bytes
-MATTERS = re.compile(b"|".join([*map(str.encode, TAGS), START])).search  # parsing all takes twice as long
+CURVES = {  # a file, its second column, and the tags of which a run has one
+    "returns.csv": ("return", ("charts/episodic_return", "losses/validation")),
+    "evaluations.csv": ("return", ("eval/episodic_return",)),
+    "values.csv": ("value", ("losses/q_values", "losses/qf1_values")),
+}
 SAME_ALGORITHM = {  # flags that do not tell runs apart
     *("seed", "run_name", "runs_dir", "resume", "device", "evaluate", "eval_episodes", "eval_frequency"),
     *("checkpoint_frequency", "capture_video", "track", "wandb_project_name", "wandb_entity"),
@@ -72,33 +76,35 @@ def records(path: Path) -> Iterator[bytes]:
         start += length + 16
 
 
-def read_events(run_dir: Path) -> list[tuple[int, float]]:
-    """Step and value of the curve in TAGS; what a resumed run has logged again stands once, as in TensorBoard."""
+def read_events(run_dir: Path, tags: tuple[str, ...]) -> list[tuple[int, float]]:
+    """Step and value of a curve; what a resumed run has logged again stands once, as in TensorBoard."""
+    matters = re.compile(b"|".join([*map(str.encode, tags), START])).search  # parsing all takes twice as long
     points = []
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         for record in records(path):
-            if MATTERS(record):
+            if matters(record):
                 event = Event.FromString(record)
-                points += [(event.step, value.simple_value) for value in event.summary.value if value.tag in TAGS]
+                points += [(event.step, value.simple_value) for value in event.summary.value if value.tag in tags]
                 if event.session_log.status == SessionLog.START:
                     points = [point for point in points if point[0] < event.step]
     return points
 
 
-def read_returns(run_dir: Path) -> np.ndarray:
-    """Steps and returns (n, 2) of a finished run, from its returns.csv, which is made where it is missing.
+def read_curve(run_dir: Path, name: str = "returns.csv") -> np.ndarray:
+    """Steps and values (n, 2) of a finished run, from one of the files in CURVES, which is made where it is missing.
 
-    In a very long one each row is the mean of some consecutive episodes.
+    In a very long one each row is the mean of some consecutive values.
     """
-    path = run_dir / "returns.csv"
+    path = run_dir / name
     if not path.exists():
-        points = np.array(read_events(run_dir)).reshape(-1, 2)
+        column, tags = CURVES[name]
+        points = np.array(read_events(run_dir, tags)).reshape(-1, 2)
         blocks = np.array_split(points, min(len(points), MAX_ROWS)) if len(points) else []
         rows = [(block[-1, 0], block[:, 1].mean()) for block in blocks]
-        temporary = path.with_name("returns.csv.tmp")
+        temporary = path.with_name(f"{name}.tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["step", "return"])
+            writer.writerow(["step", column])
             writer.writerows((int(step), f"{value:.6g}") for step, value in rows)
         os.replace(temporary, path)
     with open(path) as file:
@@ -271,7 +277,7 @@ def summarise(folder: Path) -> None:
         fail(f"{folder / 'summary'}: {error.strerror}")
     all_finished = [run for runs in groups.values() for run in runs if run["result"]]
     with ProcessPoolExecutor() as pool:
-        all_returns = pool.map(read_returns, [run["folder"] for run in all_finished], chunksize=8)
+        all_returns = pool.map(read_curve, [run["folder"] for run in all_finished], chunksize=8)
         for run, returns in zip(all_finished, all_returns, strict=True):
             run["returns"] = returns
     figures = defaultdict(dict)
@@ -294,9 +300,8 @@ def publish(run_dir: Path, folder: Path) -> None:
     published = folder / run_dir.name
     if published.exists() and (published / "args.json").read_bytes() != (run_dir / "args.json").read_bytes():
         fail(f"{published} is of another run; rename this one, or remove that one")
-    read_returns(run_dir)
     published.mkdir(parents=True, exist_ok=True)
-    for name in ("returns.csv", "args.json", "result.json"):
+    for name in ("args.json", "result.json", *(name for name in CURVES if len(read_curve(run_dir, name)))):
         shutil.copy(run_dir / name, published)
 
 

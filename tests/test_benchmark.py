@@ -350,14 +350,17 @@ def test_the_table_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 @pytest.mark.parametrize("into", [[], ["--into", "brittle"]])
 def test_publish(into: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three files of each run, tables and curves; a run of the same name with other flags is not replaced."""
+    """The files of each run, tables and curves; a run of the same name with other flags is not replaced."""
     run_dir = make_run(tmp_path / "runs", 1, [1.0, 2.0], 3.0)
+    with SummaryWriter(run_dir) as writer:
+        writer.add_scalar("eval/episodic_return", 7.0, 600)
     monkeypatch.setattr(summary, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(summary, "human_normalised", lambda environment, score: None)
     monkeypatch.setattr("sys.argv", ["summary", "--publish", *into, str(run_dir)])
     summary.main()
     published = tmp_path / "results" / Path(*into[1:]) / run_dir.name
-    assert {path.name for path in published.iterdir()} == {"args.json", "result.json", "returns.csv"}
+    assert {path.name for path in published.iterdir()} == {"args.json", "result.json", "returns.csv", "evaluations.csv"}
+    assert (published / "evaluations.csv").read_text().split() == ["step,return", "600,7"]
     assert (published.parent / "summary" / "table.csv").exists()
     (run_dir / "args.json").write_text("{}")
     with pytest.raises(SystemExit, match="2"):
@@ -409,16 +412,16 @@ def test_returns_of_a_resumed_run_are_those_that_tensorboard_shows(tmp_path: Pat
     shown = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
     assert shown == [(250, 1.0), (500, 2.0), (750, 3.5), (990, 9.0)]
     first.write_bytes(first.read_bytes()[:-3])
-    np.testing.assert_array_equal(summary.read_returns(run_dir), shown)
+    np.testing.assert_array_equal(summary.read_curve(run_dir), shown)
     assert (run_dir / "returns.csv").read_text().split() == ["step,return", "250,1", "500,2", "750,3.5", "990,9"]
 
 
 def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     run_dir = make_run(tmp_path, 1, list(rng.normal(size=12_345)), 0.0)
-    returns = summary.read_returns(run_dir)
+    returns = summary.read_curve(run_dir)
     assert len(returns) == 5_000
     assert (run_dir / "returns.csv").stat().st_size < 100_000
     assert returns[-1, 0] == 1_000
-    points = np.array(summary.read_events(run_dir))
+    points = np.array(summary.read_events(run_dir, ("charts/episodic_return",)))
     np.testing.assert_allclose(returns[0], [points[2, 0], points[:3, 1].mean()], rtol=1e-5)
