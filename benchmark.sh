@@ -14,7 +14,7 @@ a reboot or Ctrl-C: it goes on with what is unfinished and leaves the rest alone
 runs: give them a --runs-dir of their own.
 
   --runs-dir DIR        folder of the runs (default: runs)
-  --workers N           runs at a time (default: one for each GPU, or else for each core); they share the cores' threads
+  --workers N           runs at a time (default: one for each GPU, or else for each core)
   --dry-run             print the command of every run, nothing else
   --summary DIR         tables and learning curves of the runs in DIR, into DIR/summary
 
@@ -24,7 +24,8 @@ runs: give them a --runs-dir of their own.
   --cpus-per-task N     cores of a run (default: 1)
   --time HH:MM:SS       time limit of a run
 
-PYTHON=... in front names the interpreter (default: python).
+PYTHON=... in front names the interpreter (default: python), OMP_NUM_THREADS=... the threads of a run (default: the
+runs at a time share the cores).
 END
 }
 
@@ -167,9 +168,13 @@ fi
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which would obey them
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)} || visible=""
 IFS=, read -ra gpus <<<"$visible"
-[[ -n $workers ]] || workers=$((${#gpus[@]} > 0 ? ${#gpus[@]} : cores))
+threads=${OMP_NUM_THREADS-}
+is_count "$threads" || threads=""
+[[ -n $workers ]] || workers=$((${#gpus[@]} > 0 ? ${#gpus[@]} : cores / ${threads:-1}))
 workers=$((workers < total ? workers : total))
-export OMP_NUM_THREADS=$((cores / workers > 0 ? cores / workers : 1))
+workers=$((workers > 0 ? workers : 1))
+[[ -n $threads ]] || threads=$((cores / workers > 0 ? cores / workers : 1))
+export OMP_NUM_THREADS=$threads
 
 pids=() running=() began=() # of the runs under way, by worker: process, number in the list, second
 next=0 finished=0 failed=0 skipped=0 spent=0

@@ -2,8 +2,10 @@
 
     python results/summary.py runs                                # of the runs in a folder, into runs/summary/
     python results/summary.py --publish runs/pong-1 runs/pong-2   # copies what is published of these runs into results/
-    python results/summary.py --publish --into brittle runs/b/*   # into a folder of its own, results/brittle/
+    python results/summary.py --publish --into tau/0.05 runs/tau/0.05/*__*   # into results/tau/0.05/
     python results/summary.py results                             # redraws what is published
+
+Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.05/NAME), they are compared.
 
 A finished run gets a returns.csv: the step at which each training episode ended and its return (for regression, epoch
 and validation loss). Beside it lie the script's own args.json and result.json; every figure comes from these three.
@@ -118,9 +120,12 @@ def in_order(value: object) -> tuple[bool, float, str]:
 
 
 def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
-    """The runs of a folder by script, environment and the flags in which runs of these two differ."""
+    """The runs of a folder by script, environment and the flags in which runs of these two differ.
+
+    Where there is none, the runs of the folders in it.
+    """
     by_environment = defaultdict(list)
-    for path in sorted(folder.glob("*/args.json")):
+    for path in sorted(folder.glob("*/args.json")) or sorted(folder.glob("*/*/args.json")):
         args, result_path = json.loads(path.read_text()), path.with_name("result.json")
         result = json.loads(result_path.read_text()) if result_path.exists() else None
         environment = args.get("env_id") or args.get("data") or args.get("dataset")
@@ -308,9 +313,11 @@ def publish(run_dir: Path, folder: Path) -> None:
 def main() -> None:
     match sys.argv[1:]:
         case ["--publish", "--into", folder, *run_dirs] if run_dirs:
+            if Path(folder).is_absolute() or ".." in Path(folder).parts:
+                fail(f"--into {folder}: is a folder in {RESULTS}")
             for run_dir in run_dirs:
                 publish(Path(run_dir), RESULTS / folder)
-            summarise(RESULTS / folder)
+            summarise(RESULTS / Path(folder).parts[0])
         case ["--publish", *run_dirs] if run_dirs:
             for run_dir in run_dirs:
                 publish(Path(run_dir), RESULTS)

@@ -1,6 +1,7 @@
 """Tests of benchmark.sh and results/summary.py, with short runs of real scripts and a real Slurm cluster."""
 
 import csv
+import importlib
 import json
 import os
 import pwd
@@ -20,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from common import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -32,15 +34,15 @@ SWEEP = ["mlp_regression.py", "--env-ids", "plane", "circle", "--seeds", "1", "2
 NAMES = [f"{dataset}__mlp_regression__{seed}" for dataset in ("plane", "circle") for seed in (1, 2)]
 
 
-def start(*arguments: object, cwd: Path, **options: object) -> subprocess.Popen:
+def start(*arguments: object, cwd: Path, threads: int | None = None, **options: object) -> subprocess.Popen:
     """benchmark.sh as a user starts it, in the folder of the scripts, its runs in `cwd`."""
-    env = os.environ | {"PYTHON": sys.executable}
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(threads or "")}
     command = [ROOT / "benchmark.sh", *arguments]
     return subprocess.Popen([str(part) for part in command], cwd=cwd, env=env, text=True, **options)
 
 
-def sweep(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    process = start(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def sweep(*arguments: object, cwd: Path, threads: int | None = None) -> subprocess.CompletedProcess:
+    process = start(*arguments, cwd=cwd, threads=threads, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -165,6 +167,18 @@ def test_each_gpu_gets_a_worker(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seen = [(here / f"runs/logs/plane__probe__{seed}.log").read_text().split("\n")[0] for seed in (1, 2, 3, 4)]
     assert seen[:3] == ["GPU 4", "GPU 6", "GPU 7"]
     assert seen[3] in seen[:3]
+
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("threads", "runs", "workers"), [(1, CORES + 1, CORES), (10_000, 2, 1)])
+def test_threads_that_are_given_are_kept(threads: int, runs: int, workers: int, here: Path) -> None:
+    """And leave room for so many runs at a time."""
+    (here / "probe.py").write_text('import os\nprint(os.environ["OMP_NUM_THREADS"])')
+    result = sweep("probe.py", "--env-ids", "x", "--seeds", *range(runs), cwd=here, threads=threads)
+    assert f"0/{runs} done, {workers} running" in result.stdout
+    assert {path.read_text() for path in (here / "runs" / "logs").glob("*.log")} == {f"{threads}\n"}
 
 
 def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:
@@ -366,6 +380,43 @@ def test_publish(into: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit, match="2"):
         summary.main()
     assert (published / "args.json").read_text() != "{}"
+
+
+def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path) -> None:
+    """Each setting has a folder of its own, `runs/n-step/9` and `runs/n-step/10`."""
+    runs = [make_run(tmp_path / str(n_step), 1, [1.0], 1.0, n_step=n_step) for n_step in (10, 9)]
+    groups = summary.read_runs(tmp_path)
+    assert [(names[2], [run["folder"] for run in group]) for names, group in groups.items()] == [
+        ("n_step 9", [runs[1]]),
+        ("n_step 10", [runs[0]]),
+    ]
+    run_dir = make_run(tmp_path, 1, [1.0], 1.0)
+    assert [run["folder"] for group in summary.read_runs(tmp_path).values() for run in group] == [run_dir]
+
+
+def test_published_runs_are_those_of_readme() -> None:
+    """Each sweep that README gives with its results, and no other: under the same names, with the same flags."""
+    text = (ROOT / "README.md").read_text().split("## Sweeps")[0]
+    lines = re.findall(r"^    ((?:for |  +|\w+=\d+ )*\./benchmark\.sh .*|for .*; do|done)$", text, re.M)
+    dry = re.sub(r"(benchmark\.sh \S+)", r"\1 --dry-run", "\n".join(lines))
+    commands = subprocess.run(["bash", "-c", dry], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    published = set()
+    for command in commands.splitlines():
+        _, script, *flags = shlex.split(command)
+        module = importlib.import_module(script.removesuffix(".py"))
+        args = tyro.cli(module.Args, args=flags)
+        if script == "mlp_regression.py":
+            module.fill_defaults(args)
+        run_dir = ROOT / "results" / args.runs_dir.relative_to("runs") / args.run_name
+        published.add(run_dir / "args.json")
+        asked = json.loads(json.dumps(module.plain(args)))
+        told = json.loads((run_dir / "args.json").read_text())
+        for name in asked.keys() - {"run_name", "runs_dir", "checkpoint_frequency"}:
+            assert told[name] == asked[name] or (name, asked[name]) == ("precision", "auto"), f"{run_dir.name}: {name}"
+        result = json.loads((run_dir / "result.json").read_text())
+        assert (result["device"], result["torch_threads"]) == ("cpu", 1)
+    assert {*(ROOT / "results").rglob("args.json")} - published == {ROOT / "results" / "units" / "args.json"}
+    assert len(published) > 90
 
 
 def test_a_missing_package_is_named() -> None:
