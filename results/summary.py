@@ -5,7 +5,7 @@
     python results/summary.py --publish --into tau/0.05 runs/tau/0.05/*__*   # into results/tau/0.05/
     python results/summary.py results                             # redraws what is published
 
-Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.05/NAME), they are compared.
+Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.05/NAME), these are compared, by name.
 
 A finished run gets a returns.csv: the step at which each training episode ended and its return (for regression, epoch
 and validation loss). Beside it lie the script's own args.json and result.json; every figure comes from these three.
@@ -114,18 +114,24 @@ def read_curve(run_dir: Path, name: str = "returns.csv") -> np.ndarray:
 
 
 def in_order(value: object) -> tuple[bool, float, str]:
-    """What a flag's values are sorted by: numbers by their size, all else by its letters, after them."""
-    number = isinstance(value, int | float)
-    return not number, value if number else 0.0, str(value)
+    """What a flag's values, or the names of folders, are sorted by: numbers by size, then all else by its letters."""
+    try:
+        return False, float(value), ""
+    except (TypeError, ValueError):
+        return True, 0.0, str(value)
 
 
 def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     """The runs of a folder by script, environment and the flags in which runs of these two differ.
 
-    Where there is none, the runs of the folders in it.
+    Where there is none, the runs of the folders in it, told apart by the names of these as well: "tau 0.005".
     """
     by_environment = defaultdict(list)
-    for path in sorted(folder.glob("*/args.json")) or sorted(folder.glob("*/*/args.json")):
+    paths, setting = sorted(folder.glob("*/args.json")), ""
+    compared = sorted(folder.glob("*/*/args.json"), key=lambda path: (path.parts[-2], in_order(path.parts[-3])))
+    for path in paths or compared:
+        if not paths:
+            setting = f"{folder.resolve().name} {path.parts[-3]}"
         args, result_path = json.loads(path.read_text()), path.with_name("result.json")
         result = json.loads(result_path.read_text()) if result_path.exists() else None
         environment = args.get("env_id") or args.get("data") or args.get("dataset")
@@ -133,13 +139,14 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
             continue  # an experiment of several trainings
         named = path.parent.name.split("__")  # ENVIRONMENT__SCRIPT__SEED, before there is a result
         script = result["script"] if result else named[-2] if len(named) > 2 else "?"
-        by_environment[script, environment].append({"folder": path.parent, "args": args, "result": result})
+        by_environment[script, environment, setting].append({"folder": path.parent, "args": args, "result": result})
     groups = defaultdict(list)
-    for (script, environment), runs in by_environment.items():
+    for (script, environment, setting), runs in by_environment.items():
         names = {name for run in runs for name in run["args"]} - SAME_ALGORITHM
         differing = sorted(name for name in names if len({str(run["args"].get(name)) for run in runs}) > 1)
         for run in sorted(runs, key=lambda run: [in_order(run["args"].get(name)) for name in differing]):
-            variant = ", ".join(f"{name} {run['args'].get(name)}" for name in differing)
+            flags = [f"{name} {run['args'].get(name)}" for name in differing]
+            variant = ", ".join([setting] * bool(setting) + flags)
             groups[script, environment, variant].append(run)
     return groups
 

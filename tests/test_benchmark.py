@@ -383,15 +383,18 @@ def test_publish(into: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path) -> None:
-    """Each setting has a folder of its own, `runs/n-step/9` and `runs/n-step/10`."""
-    runs = [make_run(tmp_path / str(n_step), 1, [1.0], 1.0, n_step=n_step) for n_step in (10, 9)]
-    groups = summary.read_runs(tmp_path)
-    assert [(names[2], [run["folder"] for run in group]) for names, group in groups.items()] == [
-        ("n_step 9", [runs[1]]),
-        ("n_step 10", [runs[0]]),
-    ]
-    run_dir = make_run(tmp_path, 1, [1.0], 1.0)
-    assert [run["folder"] for group in summary.read_runs(tmp_path).values() for run in group] == [run_dir]
+    """Each setting has a folder of its own, `runs/n-step/9` and `runs/n-step/10`, whose name it bears."""
+
+    def read(folder: Path) -> list[tuple[str, list[Path]]]:
+        groups = summary.read_runs(folder).items()
+        return [(variant, [run["folder"] for run in group]) for (_, _, variant), group in groups]
+
+    folder = tmp_path / "n-step"
+    ten, nine = (make_run(folder / n_step, 1, [1.0], 1.0) for n_step in ("10", "9"))
+    other = make_run(folder / "9", 2, [1.0], 1.0, gamma=0.9)
+    assert read(folder) == [("n-step 9, gamma 0.9", [other]), ("n-step 9, gamma None", [nine]), ("n-step 10", [ten])]
+    run_dir = make_run(folder, 1, [1.0], 1.0)
+    assert read(folder) == [("", [run_dir])]
 
 
 def test_published_runs_are_those_of_readme() -> None:
