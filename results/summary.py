@@ -1,9 +1,9 @@
 """Tables and learning curves of finished runs, by script and environment, over seeds.
 
-    python results/summary.py runs                                # of the runs in a folder, into runs/summary/
-    python results/summary.py --publish runs/pong-1 runs/pong-2   # copies what is published of these runs into results/
+    python results/summary.py runs                                           # of a folder's runs, into runs/summary/
+    python results/summary.py --publish runs/pong-1 runs/pong-2              # copies what is published into results/
     python results/summary.py --publish --into tau/0.05 runs/tau/0.05/*__*   # into results/tau/0.05/
-    python results/summary.py results                             # redraws what is published
+    python results/summary.py results                                        # redraws what is published
 
 Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.05/NAME), these are compared, by name.
 
@@ -146,7 +146,7 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
         differing = sorted(name for name in names if len({str(run["args"].get(name)) for run in runs}) > 1)
         for run in sorted(runs, key=lambda run: [in_order(run["args"].get(name)) for name in differing]):
             flags = [f"{name} {run['args'].get(name)}" for name in differing]
-            variant = ", ".join([setting] * bool(setting) + flags)
+            variant = ", ".join(filter(None, [setting, *flags]))
             groups[script, environment, variant].append(run)
     return groups
 
@@ -320,11 +320,12 @@ def publish(run_dir: Path, folder: Path) -> None:
 def main() -> None:
     match sys.argv[1:]:
         case ["--publish", "--into", folder, *run_dirs] if run_dirs:
-            if Path(folder).is_absolute() or ".." in Path(folder).parts:
-                fail(f"--into {folder}: is a folder in {RESULTS}")
+            parts = Path(folder).parts
+            if not parts or Path(folder).is_absolute() or ".." in parts:
+                fail(f"--into {folder}: give the name of a folder in {RESULTS}, such as tau/0.05")
             for run_dir in run_dirs:
                 publish(Path(run_dir), RESULTS / folder)
-            summarise(RESULTS / Path(folder).parts[0])
+            summarise(RESULTS / parts[0])
         case ["--publish", *run_dirs] if run_dirs:
             for run_dir in run_dirs:
                 publish(Path(run_dir), RESULTS)

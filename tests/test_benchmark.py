@@ -31,6 +31,7 @@ import summary
 
 FLAGS = ["--optimizer", "adam", "--batch-size", "10", "--epochs", "50", "--checkpoint-frequency", "10"]
 SWEEP = ["mlp_regression.py", "--env-ids", "plane", "circle", "--seeds", "1", "2"]
+CORES = len(os.sched_getaffinity(0))
 NAMES = [f"{dataset}__mlp_regression__{seed}" for dataset in ("plane", "circle") for seed in (1, 2)]
 
 
@@ -167,9 +168,6 @@ def test_each_gpu_gets_a_worker(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seen = [(here / f"runs/logs/plane__probe__{seed}.log").read_text().split("\n")[0] for seed in (1, 2, 3, 4)]
     assert seen[:3] == ["GPU 4", "GPU 6", "GPU 7"]
     assert seen[3] in seen[:3]
-
-
-CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(("threads", "runs", "workers"), [(1, CORES + 1, CORES), (10_000, 2, 1)])
@@ -400,7 +398,7 @@ def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path) -> None:
 def test_published_runs_are_those_of_readme() -> None:
     """Each sweep that README gives with its results, and no other: under the same names, with the same flags."""
     text = (ROOT / "README.md").read_text().split("## Sweeps")[0]
-    lines = re.findall(r"^    ((?:for |  +|\w+=\d+ )*\./benchmark\.sh .*|for .*; do|done)$", text, re.M)
+    lines = re.findall(r"^    (.*\./benchmark\.sh .*|for .*; do|done)$", text, re.M)
     dry = re.sub(r"(benchmark\.sh \S+)", r"\1 --dry-run", "\n".join(lines))
     commands = subprocess.run(["bash", "-c", dry], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     published = set()
@@ -420,6 +418,17 @@ def test_published_runs_are_those_of_readme() -> None:
         assert (result["device"], result["torch_threads"]) == ("cpu", 1)
     assert {*(ROOT / "results").rglob("args.json")} - published == {ROOT / "results" / "units" / "args.json"}
     assert len(published) > 90
+
+
+@pytest.mark.parametrize("into", ["/tmp", "../tau", "tau/..", "."])
+def test_what_is_published_stays_in_results(
+    into: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run_dir = make_run(tmp_path, 1, [1.0], 1.0)
+    monkeypatch.setattr("sys.argv", ["summary", "--publish", "--into", into, str(run_dir)])
+    with pytest.raises(SystemExit, match="2"):
+        summary.main()
+    assert capsys.readouterr().err.startswith(f"summary: error: --into {into}: give the name of a folder")
 
 
 def test_a_missing_package_is_named() -> None:
