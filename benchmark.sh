@@ -181,12 +181,14 @@ next=0 finished=0 failed=0 skipped=0 spent=0
 
 # However the sweep ends, its runs end with it, each with a checkpoint.
 end_runs() {
+  [[ ${BASHPID-$$} == "$$" ]] || exit # a child just forked may hear the signal too, and a second one kills the runs
   trap '' INT TERM HUP
   # shellcheck disable=SC2046
   kill -TERM $(jobs -p) 2>/dev/null || true
   wait
 }
 stop() {
+  [[ ${BASHPID-$$} == "$$" ]] || exit 130
   printf '\nstopping ...\n' >&2 || true
   end_runs
   echo "stopped; the same command goes on" >&2 || true

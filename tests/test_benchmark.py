@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import ale_py
@@ -122,11 +123,18 @@ def test_killed_with_all_its_runs_it_goes_on_to_the_same_bits(whole: Path, here:
         assert_same_weights(whole / name, here / "runs" / name)
 
 
-def test_interrupted_it_ends_its_runs_and_goes_on(whole: Path, here: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=["ctrl-c", "hangup"])
+def test_interrupted_it_ends_its_runs_and_goes_on(signum: signal.Signals, whole: Path, here: Path) -> None:
+    """By Ctrl-C, or by a terminal that closes, which signals the runs as well."""
     plane = ["mlp_regression.py", "--env-ids", "plane", "--seeds", "1", "2", "--workers", "1", "--", *FLAGS]
-    process = start(*plane, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    heard = partial(signal.signal, signum, signal.SIG_DFL)  # also where this test runs under nohup
+    process = start(*plane, cwd=here, start_new_session=True, preexec_fn=heard, **pipes)
     wait_until(lambda: list(here.glob("runs/*/checkpoint.pt")))
-    process.send_signal(signal.SIGINT)
+    if signum == signal.SIGHUP:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
     stderr = process.communicate()[1]
     assert process.returncode == 130
     assert "the same command goes on" in stderr
