@@ -24,6 +24,9 @@ Deep deterministic policy gradient. The numbers stand again in `train`, where ea
     15          theta' = tau theta + (1 - tau) theta', and phi' likewise
 
 Differs from the paper:
+- Targets look n = 5 steps ahead, as in Barth-Maron et al. 2018 (D4PG), which keeps the critic from overestimating:
+  y_i = r_i + gamma r_{i+1} + ... + gamma^{n-1} r_{i+n-1} + gamma^n Q_phi'(s_{i+n}, pi_theta'(s_{i+n})). The paper has
+  n = 1 (`--n-step 1`).
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
 - The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with a gentle layer normalisation
@@ -150,6 +153,8 @@ class Args:
     """transitions in the replay memory"""
     gamma: float = 0.99
     """discount factor"""
+    n_step: int = 5
+    """steps of reward in a target before it trusts the critic (the paper: 1), against overestimation"""
     tau: float = 0.005
     """part of the way that the targets go to the networks at each update"""
     batch_size: int = 256
@@ -303,7 +308,10 @@ class Critic(MLP):
 
 
 class ReplayMemory:
-    """The last `capacity` transitions in a ring, a row each: observation, action, reward, terminated, next observation.
+    """The last `capacity` transitions of n steps in a ring, a row each: s_t, a_t, return, discount, s_{t+n}.
+
+    The return is r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1}. The discount is gamma^n, or 0 if s_{t+n} is a
+    terminal state. The newest rows, and the last of an episode, have fewer steps: those that there are.
 
     With a `path` the rows lie in a memory-mapped file of capacity + spare places. What `state_dict` refers to stays in
     the file untouched until `spare` further rows have come, so a checkpoint need not copy it.
@@ -315,12 +323,16 @@ class ReplayMemory:
         spare: int,
         d_obs: int,
         d_action: int,
+        n_step: int,
+        gamma: float,
         rng: np.random.Generator,
         device: torch.device,
         path: Path | None = None,
     ):
         self.capacity, self.slots, self.rng, self.device = capacity, capacity + spare, rng, device
+        self.n_step, self.gamma = n_step, gamma
         self.widths = [d_obs, d_action, 1, 1, d_obs]
+        self.n_step_return, self.discount = d_obs + d_action, d_obs + d_action + 1  # their columns
         shape = (self.slots, sum(self.widths))
         self.file = None
         if path is None:
@@ -329,42 +341,64 @@ class ReplayMemory:
             self.file = np.memmap(path, np.float32, mode="r+" if path.exists() else "w+", shape=shape)
             self.rows = np.asarray(self.file)  # the same memory, without np.memmap's cost at every indexing
         self.count = 0  # rows ever stored
+        self.unfinished = 0  # how many of the newest rows the next reward belongs to as well
 
     def append(
-        self, obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool, next_obs: np.ndarray
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: float,
+        terminated: bool,
+        truncated: bool,
+        next_obs: np.ndarray,
     ) -> None:
-        np.concatenate([obs, action, (reward, terminated), next_obs], out=self.rows[self.count % self.slots])
-        self.count += 1
+        """Stores a step, and adds it to the rows of the n - 1 steps before it in its episode."""
+        np.concatenate([obs, action, (0, 1), next_obs], out=self.rows[self.count % self.slots])
+        self.count, self.unfinished = self.count + 1, self.unfinished + 1
+        for position in self.newest():
+            row = self.rows[position]
+            row[self.n_step_return] += row[self.discount] * reward
+            row[self.discount] *= self.gamma * (not terminated)
+            row[self.discount + 1 :] = next_obs
+        self.unfinished = 0 if terminated or truncated else min(self.unfinished, self.n_step - 1)
+
+    def newest(self) -> np.ndarray:
+        """Where the unfinished rows lie."""
+        return np.arange(self.count - self.unfinished, self.count) % self.slots
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """Transitions drawn uniformly with replacement, float32.
 
-        obs (batch, d_obs), action (batch, d_action), reward (batch,), terminated (batch,), next_obs (batch, d_obs).
+        s_t (batch, d_obs), a_t (batch, d_action), return (batch,), discount (batch,), s_{t+n} (batch, d_obs).
         """
         position = self.rng.integers(max(0, self.count - self.capacity), self.count, batch_size)
         rows = torch.from_numpy(np.take(self.rows, position % self.slots, axis=0))
         if self.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU still computes
             rows = rows.pin_memory()
-        obs, action, reward, terminated, next_obs = rows.to(self.device, non_blocking=True).split(self.widths, dim=1)
-        return obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs
+        rows = rows.to(self.device, non_blocking=True)
+        obs, action, n_step_return, discount, next_obs = rows.split(self.widths, dim=1)
+        return obs, action, n_step_return.squeeze(1), discount.squeeze(1), next_obs
 
     def state_dict(self) -> dict:
-        """All but the rows, which must be in the file; those are written through to the disk."""
+        """All but the finished rows, which must be in the file; those are written through to the disk."""
         self.file.flush()
-        return {"count": self.count, "bytes": self.file.nbytes}
+        unfinished = torch.from_numpy(self.rows[self.newest()])
+        return {"count": self.count, "bytes": self.file.nbytes, "unfinished": unfinished}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count = state["count"]
+        self.count, self.unfinished = state["count"], len(state["unfinished"])
+        self.rows[self.newest()] = state["unfinished"].numpy()
 
 
 # --- The update -------------------------------------------------------------------------------------------------------
 
 
-def td_targets(
-    reward: torch.Tensor, terminated: torch.Tensor, next_q_value: torch.Tensor, gamma: float
-) -> torch.Tensor:
-    """y = r + gamma Q'(s', pi'(s')), but y = r at a terminal state; all float32 (batch,)."""
-    return reward + gamma * (1 - terminated) * next_q_value
+def td_targets(n_step_return: torch.Tensor, discount: torch.Tensor, next_q_value: torch.Tensor) -> torch.Tensor:
+    """y = r_t + ... + gamma^{n-1} r_{t+n-1} + gamma^n Q'(s_{t+n}, pi'(s_{t+n})); all float32 (batch,).
+
+    The discount is gamma^n, but 0 where s_{t+n} is a terminal state.
+    """
+    return n_step_return + discount * next_q_value
 
 
 def actor_loss(actor: nn.Module, critic: nn.Module, obs: torch.Tensor) -> torch.Tensor:
@@ -586,7 +620,7 @@ def train(args: Args) -> None:
     target_actor, target_critic = (copy.deepcopy(network).requires_grad_(False).eval() for network in (actor, critic))
     # 3: initialise replay memory R
     path = run_dir / REPLAY_FILE if args.checkpoint_frequency else None
-    memory = ReplayMemory(*replay_size(args), d_obs, d_action, rng, device, path)
+    memory = ReplayMemory(*replay_size(args), d_obs, d_action, args.n_step, args.gamma, rng, device, path)
     learned = {
         **{"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic},
         **{"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "memory": memory},
@@ -650,7 +684,7 @@ def train(args: Args) -> None:
         if not (np.isfinite(obs).all() and np.isfinite(next_obs).all() and abs(reward) < FLOAT32_MAX):
             writer.close()
             fail(f"--env-id {args.env_id}: the environment returned NaN or infinity at step {step:,}")
-        memory.append(obs, action, reward, terminated, next_obs)
+        memory.append(obs, action, reward, terminated, truncated, next_obs)
         obs = next_obs
         progress.global_step = step
         progress.episodic_return += reward
@@ -666,11 +700,11 @@ def train(args: Args) -> None:
 
         if step >= args.learning_starts:
             # 11: sample a minibatch
-            observations, actions, rewards, terminals, next_observations = memory.sample(args.batch_size)
-            # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1}))
+            observations, actions, n_step_returns, discounts, next_observations = memory.sample(args.batch_size)
+            # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1})), or n steps ahead
             with torch.no_grad():
                 next_q_value = target_critic(next_observations, target_actor(next_observations))
-                td_target = td_targets(rewards, terminals, next_q_value, args.gamma)
+                td_target = td_targets(n_step_returns, discounts, next_q_value)
             # 13: critic
             qf1_value = critic(observations, actions)
             qf1_loss = F.mse_loss(qf1_value, td_target)
@@ -785,7 +819,7 @@ def check_args(args: Args) -> None:
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             reject(args, name, f"choose one of {', '.join(allowed)}")
-    counts = ("total_timesteps", "buffer_size", "batch_size", "learning_starts", "policy_frequency")
+    counts = ("total_timesteps", "buffer_size", "batch_size", "learning_starts", "policy_frequency", "n_step")
     for name in (*counts, "learning_rate", "layer_norm_eps"):
         if not 0 < getattr(args, name) < math.inf:
             reject(args, name, "must be greater than 0")
@@ -838,6 +872,8 @@ def check_args(args: Args) -> None:
 
 def check_training(args: Args) -> None:
     """Ends the program with one line where the algorithm cannot run; creates nothing."""
+    if args.n_step > args.buffer_size:
+        reject(args, "n_step", f"must not exceed --buffer-size {args.buffer_size}")
     env = make_env(args)
     d_obs, d_action = env.observation_space.shape[0], env.action_space.shape[0]
     check_replay(args, replay_bytes=sum(replay_size(args)) * 4 * (2 * d_obs + d_action + 2))

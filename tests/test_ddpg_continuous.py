@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import pickle
-from collections import deque
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ SMALL = ddpg.Args(hidden_sizes=(16, 16))
 
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Fills with the transitions that a training stores: obs, action, reward, terminated, next_obs."""
+    """Fills with the steps that a training stores: obs, action, reward, terminated, truncated, next_obs."""
     rows, append = [], ddpg.ReplayMemory.append
     monkeypatch.setattr(ddpg.ReplayMemory, "append", lambda memory, *row: rows.append(row) or append(memory, *row))
     return rows
@@ -97,9 +96,9 @@ def test_the_theorem_on_a_linear_quadratic_problem() -> None:
 
 
 def test_targets_equal_hand_calculation() -> None:
-    """Ordinary, terminal and truncated (bootstraps like an ordinary one)."""
-    reward, terminated = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 0.0])
-    assert ddpg.td_targets(reward, terminated, torch.tensor([2.0, 9.0, -4.0]), gamma=0.5).tolist() == [2.0, -1.0, -1.5]
+    """One step, a terminal state, and two steps, with gamma = 0.5."""
+    n_step_return, discount = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.5, 0.0, 0.25])
+    assert ddpg.td_targets(n_step_return, discount, torch.tensor([2.0, 9.0, -4.0])).tolist() == [2.0, -1.0, -0.5]
 
 
 def test_soft_update() -> None:
@@ -148,34 +147,76 @@ def test_noise_has_its_stationary_moments(noise: str, deviation: float, kept: fl
 # --- Replay memory ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(capacity=st.integers(1, 30), spare=st.integers(0, 8), count=st.integers(1, 90))
-def test_replay_equals_naive_memory(capacity: int, spare: int, count: int) -> None:
+def make_memory(capacity: int, spare: int, n_step: int, path: Path | None = None) -> ddpg.ReplayMemory:
+    return ddpg.ReplayMemory(capacity, spare, 3, 2, n_step, 0.5, np.random.default_rng(0), CPU, path)
+
+
+def make_step(t: int, end: str) -> tuple:
+    """Numbers that float32 holds exactly, also summed and halved."""
+    return np.full(3, t), np.full(2, t + 0.5), t - 0.25, end == "terminated", end == "truncated", np.full(3, t + 1)
+
+
+def naive_rows(steps: list[tuple], n_step: int) -> list[tuple]:
+    """The transitions of n steps, or as many as there are, each from the whole list of steps, with gamma = 0.5."""
+    rows = []
+    for start, (obs, action, *_) in enumerate(steps):
+        n_step_return, discount = 0.0, 1.0
+        for _, _, reward, terminated, truncated, next_obs in steps[start : start + n_step]:
+            n_step_return += discount * reward
+            discount *= 0.0 if terminated else 0.5
+            last_obs = next_obs
+            if terminated or truncated:
+                break
+        rows.append((obs, action, n_step_return, discount, last_obs))
+    return rows
+
+
+def in_bytes(row: tuple) -> tuple[bytes, ...]:
+    return tuple(np.float32(part).tobytes() for part in row)
+
+
+def drawn(memory: ddpg.ReplayMemory) -> set[tuple[bytes, ...]]:
+    return {in_bytes(row) for _ in range(5) for row in zip(*memory.sample(200), strict=True)}
+
+
+ENDS = st.lists(st.sampled_from(["", "", "", "", "terminated", "truncated"]), min_size=1, max_size=90)
+
+
+@settings(max_examples=100, deadline=None)
+@given(capacity=st.integers(5, 30), spare=st.integers(0, 8), n_step=st.integers(1, 5), ends=ENDS)
+def test_replay_equals_naive_memory(capacity: int, spare: int, n_step: int, ends: list[str]) -> None:
     """Every one of the last transitions is drawn, and none other."""
-    rng = np.random.default_rng(0)
-    memory, naive = ddpg.ReplayMemory(capacity, spare, 3, 2, rng, CPU), deque(maxlen=capacity)
-    for t in range(count):
-        transition = (np.full(3, t), np.full(2, t + 0.5), t - 0.25, t % 3 == 0, np.full(3, t + 1))
-        memory.append(*transition)
-        naive.append(tuple(np.float32(part).tobytes() for part in transition))
-    drawn = {
-        tuple(part.numpy().tobytes() for part in transition)
-        for _ in range(5)
-        for transition in zip(*memory.sample(200), strict=True)
-    }
-    assert drawn == set(naive)
+    memory = make_memory(capacity, spare, n_step)
+    steps = [make_step(t, end) for t, end in enumerate(ends)]
+    for step in steps:
+        memory.append(*step)
+    assert drawn(memory) == {in_bytes(row) for row in naive_rows(steps, n_step)[-capacity:]}
 
 
-def test_what_a_checkpoint_refers_to_outlives_the_spare_places(tmp_path: Path) -> None:
+def test_two_steps_by_hand() -> None:
+    """Rewards 1, 2, 4 and gamma 0.5, ended by the time limit: 1 + 2/2, 2 + 4/2, and 4 with one step only."""
+    memory = make_memory(10, 0, n_step=2)
+    for t, reward in enumerate((1.0, 2.0, 4.0)):
+        memory.append(np.full(3, t), np.zeros(2), reward, False, t == 2, np.full(3, t + 1))
+    assert memory.rows[:3, 5:9].tolist() == [[2, 0.25, 2, 2], [4, 0.25, 3, 3], [4, 0.5, 3, 3]]
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_a_checkpoint_outlives_what_comes_in_the_spare_places(n_step: int, tmp_path: Path) -> None:
+    """Its rows are unchanged, also those that later rewards were added to; from there it goes on as if nothing came."""
     capacity, spare = 10, 4
-    memory = ddpg.ReplayMemory(capacity, spare, 1, 1, np.random.default_rng(0), CPU, tmp_path / "rows")
-    for t in range(25 + spare):
+    memory = make_memory(capacity, spare, n_step, tmp_path / "rows")
+    steps = [make_step(t, "terminated" * (t % 7 == 0)) for t in range(25 + spare)]
+    for t, step in enumerate(steps):
         if t == 25:
-            state = memory.state_dict()
-        memory.append(np.full(1, t), np.full(1, t), t, False, np.full(1, t))
-    restored = ddpg.ReplayMemory(capacity, spare, 1, 1, np.random.default_rng(0), CPU, tmp_path / "rows")
+            state = copy.deepcopy(memory.state_dict())
+        memory.append(*step)
+    restored = make_memory(capacity, spare, n_step, tmp_path / "rows")
     restored.load_state_dict(state)
-    assert set(restored.sample(500)[0].flatten().tolist()) == set(range(15, 25))
+    assert drawn(restored) == {in_bytes(row) for row in naive_rows(steps[:25], n_step)[-capacity:]}
+    for step in steps[25:]:
+        restored.append(*step)
+    assert drawn(restored) == {in_bytes(row) for row in naive_rows(steps, n_step)[-capacity:]}
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -308,7 +349,7 @@ def test_only_a_terminal_state_stops_the_bootstrap(
     args = ddpg.Args(env_id=env_id, runs_dir=tmp_path, run_name="ends", total_timesteps=120, learning_starts=120)
     args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
     ddpg.train(args)
-    assert [terminated for _, _, _, terminated, _ in stored] == expected
+    assert [terminated for _, _, _, terminated, *_ in stored] == expected
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -322,6 +363,7 @@ def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     args = ddpg.Args(env_id="Ending-v0", runs_dir=tmp_path, run_name="four", total_timesteps=67, learning_starts=64)
     args = dataclasses.replace(args, hidden_sizes=(8, 8), batch_size=64, gamma=0.9, tau=0.2, policy_frequency=2)
     args.learning_rate, args.actor_learning_rate, args.weight_decay, args.eval_episodes = 1e-2, 3e-3, 0.1, 0
+    args.n_step = 2
     ddpg.train(args)
     learned = torch.load(tmp_path / "four" / "checkpoint.pt", weights_only=True)
 
@@ -339,11 +381,12 @@ def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 w -= rate * (m[0] / (1 - 0.9**count)) / ((m[1] / (1 - 0.999**count)).sqrt() + 1e-8)
 
     assert len(batches) == 4
-    for count, (obs, action, reward, terminated, next_obs) in enumerate(batches, start=1):
-        assert 0 < terminated.sum() < 64
+    for count, (obs, action, two_rewards, discount, next_obs) in enumerate(batches, start=1):
+        kinds = {round(kind, 4) for kind in discount.tolist()}
+        assert {0.0, 0.81} <= kinds <= {0.0, 0.81, 0.9}  # terminal, two steps, and the newest, which is of one
         with torch.no_grad():
             y = target_critic(next_obs, target_actor(next_obs))
-            y = torch.where(terminated == 1, reward, reward + 0.9 * y)
+            y = two_rewards + discount * y
         adam(critic, ((y - critic(obs, action)) ** 2).sum() / 64, count, 1e-2, 0.1)
         if count in (1, 3):  # steps 64 and 66
             adam(actor, -critic(obs, actor(obs)).sum() / 64, (count + 1) // 2, 3e-3, 0.0)
@@ -439,6 +482,8 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
         ("--env-id Unbounded-v0", "needs bounded actions"),
         ("--tau 1.5", "--tau 1.5: must lie in [0, 1]"),
         ("--policy-frequency 0", "--policy-frequency 0"),
+        ("--n-step 0", "--n-step 0: must be greater than 0"),
+        ("--n-step 500 --buffer-size 400", "--n-step 500: must not exceed --buffer-size 400"),
         ("--eval-frequency -1", "--eval-frequency -1"),
         ("--exploration-noise -1", "--exploration-noise -1"),
         ("--noise pink", "choose one of gaussian, ornstein-uhlenbeck"),
