@@ -24,9 +24,8 @@ Deep deterministic policy gradient. The numbers stand again in `train`, where ea
     15          theta' = tau theta + (1 - tau) theta', and phi' likewise
 
 Differs from the paper:
-- Targets look n = 5 steps ahead, as in Barth-Maron et al. 2018 (D4PG), which keeps the critic from overestimating:
-  y_i = r_i + gamma r_{i+1} + ... + gamma^{n-1} r_{i+n-1} + gamma^n Q_phi'(s_{i+n}, pi_theta'(s_{i+n})). The paper has
-  n = 1 (`--n-step 1`).
+- Targets can look further ahead than one step (`--n-step`, after Barth-Maron et al. 2018, D4PG): y_i = r_i +
+  gamma r_{i+1} + ... + gamma^{n-1} r_{i+n-1} + gamma^n Q_phi'(s_{i+n}, pi_theta'(s_{i+n})). The default is the paper's.
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
 - The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with a gentle layer normalisation
@@ -153,8 +152,8 @@ class Args:
     """transitions in the replay memory"""
     gamma: float = 0.99
     """discount factor"""
-    n_step: int = 5
-    """steps of reward in a target before it trusts the critic (the paper: 1), against overestimation"""
+    n_step: int = 1
+    """steps of reward in a target before the critic's value (the paper: 1); with more the critic overestimates less"""
     tau: float = 0.005
     """part of the way that the targets go to the networks at each update"""
     batch_size: int = 256

@@ -20,7 +20,7 @@ SHORT = {  # runs of some seconds with eight checkpoints, that fill and wrap the
     "ddpg_continuous": [
         *("--env-id", "Pendulum-v1", "--total-timesteps", "1200", "--learning-starts", "300", "--buffer-size", "400"),
         *("--checkpoint-frequency", "150", "--eval-frequency", "500", "--eval-episodes", "1", "--hidden-sizes", "32"),
-        *("--noise", "ornstein-uhlenbeck", "--batch-size", "64"),
+        *("--noise", "ornstein-uhlenbeck", "--batch-size", "64", "--n-step", "3"),
     ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "400", "--optimizer", "adam", "--batch-size", "10"),
