@@ -345,11 +345,16 @@ def test_environment_goes_on_as_if_never_stopped(env_id: str) -> None:
 def test_only_a_terminal_state_stops_the_bootstrap(
     env_id: str, expected: list[int], tmp_path: Path, stored: list[tuple]
 ) -> None:
-    """What the loop stores at the end by a time limit (every 50 steps), and at a terminal state (every third)."""
+    """What the loop tells the memory at a time limit (every 50 steps), and at a terminal state (every third step).
+
+    The steps of an episode that such a limit ends must not be joined to those of the next one.
+    """
     args = ddpg.Args(env_id=env_id, runs_dir=tmp_path, run_name="ends", total_timesteps=120, learning_starts=120)
     args.checkpoint_frequency = args.eval_frequency = args.eval_episodes = 0
     ddpg.train(args)
-    assert [terminated for _, _, _, terminated, *_ in stored] == expected
+    assert [terminated for _, _, _, terminated, _, _ in stored] == expected
+    limits = [step for step, (*_, truncated, _) in enumerate(stored, start=1) if truncated]
+    assert limits == ([50, 100] if env_id == "Bounds-v0" else [])
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
