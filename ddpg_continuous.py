@@ -24,13 +24,11 @@ Deep deterministic policy gradient. The numbers stand again in `train`, where ea
     15          theta' = tau theta + (1 - tau) theta', and phi' likewise
 
 Differs from the paper:
-- Targets can look further ahead than one step (`--n-step`, after Barth-Maron et al. 2018, D4PG): y_i = r_i +
-  gamma r_{i+1} + ... + gamma^{n-1} r_{i+n-1} + gamma^n Q_phi'(s_{i+n}, pi_theta'(s_{i+n})). The default is the paper's.
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
-- The networks, rates and noise of Fujimoto's repository (sfujim/TD3) by default, with a gentle layer normalisation
-  (`--layer-norm-eps`) and a tenth of the paper's weight decay; the README has the command line with the paper's own
-  settings.
+- Networks, rates and noise are those of Fujimoto's repository (sfujim/TD3, OurDDPG.py). Its process N is Gaussian,
+  independent from step to step: line 5 has nothing to do. The paper: batch normalisation, 400 and 300 units, rates of
+  1e-4 and 1e-3, tau 0.001, batches of 64, weight decay in the critic, an Ornstein-Uhlenbeck process.
 """
 
 # /// script
@@ -42,28 +40,32 @@ Differs from the paper:
 #     "numpy==2.4.6",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
+#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
 
+from __future__ import annotations
+
+import contextlib
 import copy
 import dataclasses
-import difflib
-import importlib.util
-import itertools
+import hashlib
+import importlib
 import json
 import math
 import os
 import platform
+import re
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -72,332 +74,199 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
-try:
-    import fcntl
-except ImportError:  # Windows: runs are not locked
-    fcntl = None
-try:
+with contextlib.suppress(ImportError):  # Gymnasium's model of HalfCheetah has an attribute that MuJoCo 4 deprecates
     import mujoco
-except ImportError:  # only its environments need it
-    mujoco = None
 
-SCRIPT = Path(__file__).stem
-LOG_FREQUENCY = 1_000  # steps between two records of losses and speed
-REPLAY_FILE = "replay.transitions"
-FLOAT32_MAX = np.finfo(np.float32).max
-OU_KEPT = 0.85  # of its value, an Ornstein-Uhlenbeck process keeps 1 - theta each step; theta = 0.15 in the paper
-
-if mujoco:  # Gymnasium's model of HalfCheetah has an attribute that MuJoCo 4 deprecates
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+
+EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
+LOG_FREQUENCY = 1_000  # steps between two records of losses
 
 
 @dataclasses.dataclass
 class Args:
-    # The run
-    seed: int = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
-    total_timesteps: int = 1_000_000
+    env_id: str = "HalfCheetah-v5"
+    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
+    total_timesteps: Count = 1_000_000
     """steps to train for"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps; auto takes cuda or mps where there is one"""
+    learning_rate: Positive = 3e-4
+    """learning rate of Adam for actor and critic"""
+    hidden_sizes: tuple[Count, Count] = (256, 256)
+    """units in the two hidden layers of actor and critic"""
+    buffer_size: Count = 1_000_000
+    """transitions in the replay memory"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    tau: Fraction = 0.005
+    """part of the way that the targets go to the networks at each update"""
+    batch_size: Count = 256
+    """transitions in a minibatch"""
+    exploration_noise: NonNegative = 0.1
+    """standard deviation of the noise, in units of half the range of each action"""
+    learning_starts: Count = 25_000
+    """steps with random actions before the first update"""
+
+    # The run
+    seed: Natural = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    device: Literal[DEVICES] = "auto"
+    """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""
     """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
     resume: bool = False
     """go on from the checkpoint of --run-name; start the run where there is none"""
-    checkpoint_frequency: int = 100_000
-    """steps between two checkpoints, at most (earlier where the spare places of the replay memory, a 32nd part of it,
-    are used up); 0 switches them off"""
-    eval_frequency: int = 25_000
-    """steps between two evaluations during training; 0 switches them off"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
+    checkpoint_frequency: Natural = 10_000
+    """steps between two checkpoints; 0: none"""
+    eval_frequency: Natural = 0
+    """steps between two evaluations during the training, in an environment of their own; 0: none"""
+    eval_episodes: Natural = 10
+    """episodes of an evaluation, also of the one after the training; 0: none"""
     evaluate: Path | None = None
     """a model.pt to evaluate, instead of training"""
     capture_video: bool = False
     """record the episodes of the last evaluation as mp4"""
     track: bool = False
-    """also log to Weights & Biases (pip install wandb)"""
-    wandb_project_name: str = "deep-rl-reference-scripts"
-    """project name in Weights & Biases"""
-    wandb_entity: str | None = None
-    """team name in Weights & Biases"""
-
-    # The environment
-    env_id: str = "HalfCheetah-v5"
-    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
-
-    # The algorithm
-    learning_rate: float = 3e-4
-    """learning rate of Adam for the critic, and for the actor unless it has its own"""
-    actor_learning_rate: float = 0.0
-    """learning rate of Adam for the actor; 0: that of the critic"""
-    weight_decay: float = 1e-3
-    """L2 penalty on the critic's weights (the paper: 1e-2), against overestimation"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """units in the hidden layers of actor and critic"""
-    normalisation: str = "layer"
-    """layer, batch or none, before each hidden layer's ReLU"""
-    layer_norm_eps: float = 1.0
-    """added to the variance that layer normalisation divides by: at 1 it tames large values and leaves small ones
-    small, which at PyTorch's 1e-5 it would blow up"""
-    action_layer: int = 1
-    """hidden layer of the critic that the action joins as an input (the paper: 2)"""
-    final_init: float = 0.0
-    """the last layers start uniform within +- this (the paper: 3e-3); 0: as the other layers"""
-    buffer_size: int = 1_000_000
-    """transitions in the replay memory"""
-    gamma: float = 0.99
-    """discount factor"""
-    n_step: int = 1
-    """steps of reward in a target before the critic's value (the paper: 1); with more the critic overestimates less"""
-    tau: float = 0.005
-    """part of the way that the targets go to the networks at each update"""
-    batch_size: int = 256
-    """transitions in a minibatch"""
-    noise: str = "gaussian"
-    """gaussian, or ornstein-uhlenbeck (theta 0.15, as in the paper)"""
-    exploration_noise: float = 0.1
-    """standard deviation of the noise's draws, in units of half the range of each action"""
-    learning_starts: int = 5_000
-    """steps with random actions before the first update"""
-    policy_frequency: int = 1
-    """critic updates for each update of actor and targets"""
-
-
-def plain(args: Args) -> dict:
-    """The flags in types that JSON knows."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --- Environment ------------------------------------------------------------------------------------------------------
+    """also log to Weights & Biases (pip install wandb); WANDB_PROJECT and WANDB_ENTITY say where"""
 
 
 class Rescaled(gym.Wrapper):
-    """Actions in [-1, 1] in every dimension, float32 observations.
+    """Actions in [-1, 1] in every dimension; float32 observations, the newest of which is `obs`.
 
-    Remembers how the episode began and what was done since, so that a checkpoint can play it again. Valid for
-    environments that draw all their random numbers from `np_random`, as Gymnasium's do.
+    A checkpoint holds how the episode began and what was done since, to play it again, as environments can that draw
+    their random numbers from `np_random`. Others are refused.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
+        self.low, self.high = np.float64(env.action_space.low), np.float64(env.action_space.high)
         self.action_space = gym.spaces.Box(-1, 1, env.action_space.shape)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
             self.env.reset(seed=seed)
-        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
+        self.start, self.actions, self.episodic_return = self.unwrapped.np_random.bit_generator.state, [], 0.0
         obs, info = self.env.reset(options=options)
-        return obs.astype(np.float32), info
+        self.obs = np.array(obs, np.float32)
+        return self.obs, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Takes actions in [-1, 1], float32 (d_action,)."""
-        self.actions.append(action)
-        low, high = self.env.action_space.low, self.env.action_space.high
-        scaled = (low + (action + 1) / 2 * (high - low)).clip(low, high)
+        scaled = (self.low + (action + 1) / 2 * (self.high - self.low)).clip(self.low, self.high)
         obs, reward, terminated, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
-        return obs.astype(np.float32), float(reward), terminated, truncated, info
+        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
+        if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {scaled}")
+        self.actions.append(action)
+        self.episodic_return += reward
+        return self.obs, reward, bool(terminated), bool(truncated), info
 
-    def get_state(self) -> dict:
+    def state_dict(self) -> dict:
         actions = torch.from_numpy(np.array(self.actions, np.float32))
-        return {"start": copy.deepcopy(self.start), "actions": actions}
+        return {"start": self.start, "actions": actions, "obs": self.obs.tolist(), "return": self.episodic_return}
 
-    def set_state(self, state: dict) -> np.ndarray:
-        """Plays the episode again, and returns its newest observation."""
+    def load_state_dict(self, state: dict) -> None:
         self.env.reset(seed=0)
         self.unwrapped.np_random.bit_generator.state = state["start"]
-        obs, _ = self.reset()
+        self.reset()
         for action in state["actions"].numpy():
-            obs, *_ = self.step(action)
-        return obs
+            self.step(action)
+        if (self.obs.tolist(), self.episodic_return) != (state["obs"], state["return"]):
+            fail(f"--resume: {self.spec.id} does not play an episode again as it was; its runs can only start anew")
 
 
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
-    """The environment, recorded as mp4 where there is a `video_dir`, which is emptied first."""
-    if video_dir is None:
-        return Rescaled(gym.make(args.env_id))
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's environments need no screen
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # nor do MuJoCo's
-    shutil.rmtree(video_dir, ignore_errors=True)
-    env = Rescaled(gym.make(args.env_id, render_mode="rgb_array"))
-    if hasattr(env.unwrapped, "mujoco_renderer"):  # whose default camera, -1, stays behind where the agent runs away
-        env.unwrapped.mujoco_renderer.camera_id = mujoco.mj_name2id(
-            env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track"
-        )
-    return gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
+    """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
+    if "DISPLAY" not in os.environ and sys.platform == "linux":
+        os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    try:
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
+    except (ImportError, gym.error.Error) as error:
+        fail(f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id))
+    spaces = env.observation_space, env.action_space
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
+        needs = "needs vectors (Box) of observations and of bounded continuous actions"
+        fail(f"--env-id {args.env_id}: {needs}, not {spaces}; gymnasium.wrappers such as TransformAction change them")
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
+    return Rescaled(env)
 
 
-# --- Networks ---------------------------------------------------------------------------------------------------------
-
-
-class MLP(nn.Module):
-    """Hidden layers with normalisation and ReLU, then a linear layer.
-
-    (batch, d_in) and, for the critic, the action (batch, d_extra) to (batch, d_out). The extra input joins at hidden
-    layer `extra_layer`, counted from 1. Batch normalisation as in the paper's section 3: of the input, and of the
-    layers before the extra input joins.
-    """
-
-    def __init__(self, args: Args, d_in: int, d_out: int, d_extra: int = 0, extra_layer: int = 1):
-        super().__init__()
-        widths = [d_in, *args.hidden_sizes]
-        self.extra_layer = extra_layer if d_extra else 0
-        self.input_norm = nn.BatchNorm1d(d_in) if args.normalisation == "batch" else nn.Identity()
-        self.hidden, self.norms = nn.ModuleList(), nn.ModuleList()
-        for layer, (before, after) in enumerate(itertools.pairwise(widths), start=1):
-            self.hidden.append(nn.Linear(before + d_extra * (layer == self.extra_layer), after))
-            if args.normalisation == "layer":
-                self.norms.append(nn.LayerNorm(after, eps=args.layer_norm_eps))
-            elif args.normalisation == "batch" and not 0 < self.extra_layer <= layer:
-                self.norms.append(nn.BatchNorm1d(after))
-            else:
-                self.norms.append(nn.Identity())
-        self.last = nn.Linear(widths[-1], d_out)
-        if args.final_init:
-            nn.init.uniform_(self.last.weight, -args.final_init, args.final_init)
-            nn.init.uniform_(self.last.bias, -args.final_init, args.final_init)
-
-    def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.input_norm(x)
-        for layer, (linear, norm) in enumerate(zip(self.hidden, self.norms, strict=True), start=1):
-            x = torch.cat([x, extra], dim=1) if layer == self.extra_layer else x
-            x = F.relu(norm(linear(x)), inplace=True)
-        return self.last(x)
-
-
-class Actor(MLP):
+class Actor(nn.Sequential):
     """pi_theta: observations (batch, d_obs) to actions in [-1, 1], (batch, d_action)."""
 
-    def __init__(self, args: Args, d_obs: int, d_action: int):
-        super().__init__(args, d_obs, d_action)
+    def __init__(self, d_obs: int, d_action: int, hidden_sizes: tuple[int, int]):
+        first, second = hidden_sizes
+        hidden = nn.Linear(d_obs, first), nn.ReLU(inplace=True), nn.Linear(first, second), nn.ReLU(inplace=True)
+        super().__init__(*hidden, nn.Linear(second, d_action), nn.Tanh())
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(super().forward(obs))
-
-
-def greedy_action(actor: Actor, obs: np.ndarray, device: torch.device) -> np.ndarray:
-    """pi(obs) for one observation, (d_obs,) to float32 (d_action,)."""
-    actor.eval()  # batch normalisation by its running means
-    with torch.inference_mode():
-        return actor(torch.from_numpy(obs).to(device)[None])[0].cpu().numpy()
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """pi(obs) for one observation, float32 (d_obs,) to (d_action,)."""
+        return self(torch.from_numpy(obs).to(self[0].weight.device)).cpu().numpy()
 
 
-class Critic(MLP):
+class Critic(nn.Sequential):
     """Q_phi: observations (batch, d_obs) and actions in [-1, 1], (batch, d_action), to values (batch,)."""
 
-    def __init__(self, args: Args, d_obs: int, d_action: int):
-        super().__init__(args, d_obs, 1, d_action, args.action_layer)
+    def __init__(self, d_obs: int, d_action: int, hidden_sizes: tuple[int, int]):
+        first, second = hidden_sizes
+        hidden = nn.Linear(d_obs + d_action, first), nn.ReLU(inplace=True), nn.Linear(first, second)
+        super().__init__(*hidden, nn.ReLU(inplace=True), nn.Linear(second, 1))
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return super().forward(obs, action).squeeze(1)
+        return super().forward(torch.cat([obs, action], dim=1)).squeeze(1)
 
 
-# --- Replay memory ----------------------------------------------------------------------------------------------------
+def as_vector(network: nn.Module) -> nn.Parameter:
+    """The weights of a network as one vector, of which they become views: for Adam one tensor, for line 15 one line."""
+    parameters = list(network.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    vector.grad = torch.zeros_like(vector)
+    for parameter, weight, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = weight.view_as(parameter), grad.view_as(parameter)
+    return vector
 
 
 class ReplayMemory:
-    """The last `capacity` transitions of n steps in a ring, a row each: s_t, a_t, return, discount, s_{t+n}.
+    """The last `capacity` transitions in a ring: rows of s_t, a_t, r_t, whether s_{t+1} is terminal, s_{t+1}.
 
-    The return is r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1}. The discount is gamma^n, or 0 if s_{t+n} is a
-    terminal state. The newest rows, and the last of an episode, have fewer steps: those that there are.
-
-    With a `path` the rows lie in a memory-mapped file of capacity + spare places. What `state_dict` refers to stays in
-    the file untouched until `spare` further rows have come, so a checkpoint need not copy it.
+    `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file: what could be drawn at a checkpoint stays there
+    for as many more transitions as slots exceed the capacity, so the checkpoint only counts.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        spare: int,
-        d_obs: int,
-        d_action: int,
-        n_step: int,
-        gamma: float,
-        rng: np.random.Generator,
-        device: torch.device,
-        path: Path | None = None,
-    ):
-        self.capacity, self.slots, self.rng, self.device = capacity, capacity + spare, rng, device
-        self.n_step, self.gamma = n_step, gamma
-        self.widths = [d_obs, d_action, 1, 1, d_obs]
-        self.n_step_return, self.discount = d_obs + d_action, d_obs + d_action + 1  # their columns
-        shape = (self.slots, sum(self.widths))
-        self.file = None
-        if path is None:
-            self.rows = np.zeros(shape, np.float32)
-        else:
-            self.file = np.memmap(path, np.float32, mode="r+" if path.exists() else "w+", shape=shape)
-            self.rows = np.asarray(self.file)  # the same memory, without np.memmap's cost at every indexing
-        self.count = 0  # rows ever stored
-        self.unfinished = 0  # how many of the newest rows the next reward belongs to as well
+    def __init__(self, capacity: int, rows: np.ndarray, d_obs: int, rng: np.random.Generator, device: torch.device):
+        self.capacity, self.rows, self.rng, self.device = capacity, rows, rng, device
+        self.widths = [d_obs, rows.shape[1] - 2 * d_obs - 2, 1, 1, d_obs]
+        self.count = 0  # transitions ever stored
 
     def append(
-        self,
-        obs: np.ndarray,
-        action: np.ndarray,
-        reward: float,
-        terminated: bool,
-        truncated: bool,
-        next_obs: np.ndarray,
+        self, obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool, next_obs: np.ndarray
     ) -> None:
-        """Stores a step, and adds it to the rows of the n - 1 steps before it in its episode."""
-        np.concatenate([obs, action, (0, 1), next_obs], out=self.rows[self.count % self.slots])
-        self.count, self.unfinished = self.count + 1, self.unfinished + 1
-        for position in self.newest():
-            row = self.rows[position]
-            row[self.n_step_return] += row[self.discount] * reward
-            row[self.discount] *= self.gamma * (not terminated)
-            row[self.discount + 1 :] = next_obs
-        self.unfinished = 0 if terminated or truncated else min(self.unfinished, self.n_step - 1)
-
-    def newest(self) -> np.ndarray:
-        """Where the unfinished rows lie."""
-        return np.arange(self.count - self.unfinished, self.count) % self.slots
+        np.concatenate([obs, action, (reward, terminated), next_obs], out=self.rows[self.count % len(self.rows)])
+        self.count += 1
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """Transitions drawn uniformly with replacement, float32.
 
-        s_t (batch, d_obs), a_t (batch, d_action), return (batch,), discount (batch,), s_{t+n} (batch, d_obs).
+        obs (batch, d_obs), action (batch, d_action), reward (batch,), terminated (batch,), next_obs (batch, d_obs).
         """
         position = self.rng.integers(max(0, self.count - self.capacity), self.count, batch_size)
-        rows = torch.from_numpy(np.take(self.rows, position % self.slots, axis=0))
-        if self.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU still computes
-            rows = rows.pin_memory()
-        rows = rows.to(self.device, non_blocking=True)
-        obs, action, n_step_return, discount, next_obs = rows.split(self.widths, dim=1)
-        return obs, action, n_step_return.squeeze(1), discount.squeeze(1), next_obs
+        rows = torch.from_numpy(np.take(self.rows, position % len(self.rows), axis=0)).to(self.device)
+        obs, action, reward, terminated, next_obs = rows.split(self.widths, dim=1)
+        return obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs
 
     def state_dict(self) -> dict:
-        """All but the finished rows, which must be in the file; those are written through to the disk."""
-        self.file.flush()
-        unfinished = torch.from_numpy(self.rows[self.newest()])
-        return {"count": self.count, "bytes": self.file.nbytes, "unfinished": unfinished}
+        return {"count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count, self.unfinished = state["count"], len(state["unfinished"])
-        self.rows[self.newest()] = state["unfinished"].numpy()
-
-
-# --- The update -------------------------------------------------------------------------------------------------------
-
-
-def td_targets(n_step_return: torch.Tensor, discount: torch.Tensor, next_q_value: torch.Tensor) -> torch.Tensor:
-    """y = r_t + ... + gamma^{n-1} r_{t+n-1} + gamma^n Q'(s_{t+n}, pi'(s_{t+n})); all float32 (batch,).
-
-    The discount is gamma^n, but 0 where s_{t+n} is a terminal state.
-    """
-    return n_step_return + discount * next_q_value
+        self.count = state["count"]
 
 
 def actor_loss(actor: nn.Module, critic: nn.Module, obs: torch.Tensor) -> torch.Tensor:
@@ -405,574 +274,359 @@ def actor_loss(actor: nn.Module, critic: nn.Module, obs: torch.Tensor) -> torch.
     return -critic(obs, actor(obs)).mean()
 
 
-@torch.no_grad()
-def soft_update(targets: list[torch.Tensor], parameters: list[torch.Tensor], tau: float) -> None:
-    """theta' = tau theta + (1 - tau) theta', for every tensor in place."""
-    torch._foreach_lerp_(targets, parameters, tau)
+def train(args: Args, run: Run) -> dict[str, Actor]:
+    """Trains as the listing above says; returns the actor."""
+    rng, device, env = run.rng, run.device, make_env(args)
+    d_obs, d_action = env.observation_space.shape[0], env.action_space.shape[0]
+    # 1: initialise critic Q_phi and actor pi_theta with random weights
+    actor, critic = (network(d_obs, d_action, args.hidden_sizes).to(device) for network in (Actor, Critic))
+    # 2: initialise targets phi' = phi, theta' = theta
+    target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
+    theta, phi, target_theta, target_phi = map(as_vector, (actor, critic, target_actor, target_critic))
+    actor_adam = torch.optim.Adam([theta], lr=args.learning_rate, fused=True)
+    critic_adam = torch.optim.Adam([phi], lr=args.learning_rate, fused=True)
+    # 3: initialise replay memory R
+    capacity = min(args.buffer_size, args.total_timesteps)
+    slots = capacity + min(args.checkpoint_frequency, args.total_timesteps)
+    rows = run.map_file("transitions", np.float32, (slots, 2 * d_obs + d_action + 2))
+    memory = ReplayMemory(capacity, rows, d_obs, rng, device)
+
+    networks = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
+    if not run.restore(env=env, memory=memory, actor_adam=actor_adam, critic_adam=critic_adam, **networks):
+        env.reset(seed=int(rng.integers(2**31)))  # 4, 6: the first episode and its first state
+
+    for step in run.steps(args.total_timesteps, actor=actor):  # 7: for each step t
+        # 8: select action a_t = pi_theta(s_t) + eps_t
+        obs = env.obs
+        noise = args.exploration_noise * rng.standard_normal(d_action)
+        action = (actor.act(obs) + noise).clip(-1, 1) if step > args.learning_starts else rng.uniform(-1, 1, d_action)
+        # 9: execute it, observe reward and state
+        next_obs, reward, terminated, truncated, _ = env.step(action.astype(np.float32))
+        run.count_reward(reward, terminated or truncated)
+        # 10: store the transition; the end by a time limit is no terminal state
+        memory.append(obs, action, reward, terminated, next_obs)
+        if terminated or truncated:
+            env.reset()  # 4, 6: the next episode and its first state
+
+        if step >= args.learning_starts:
+            # 11: sample a minibatch
+            obs, action, reward, terminated, next_obs = memory.sample(args.batch_size)
+            # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1})), but y_i = r_i at a terminal state
+            with torch.no_grad():
+                y = reward + args.gamma * (1 - terminated) * target_critic(next_obs, target_actor(next_obs))
+            # 13: critic, one step down the gradient of the mean of (y_i - Q_phi(s_i, a_i))^2
+            q_value = critic(obs, action)
+            critic_loss = F.mse_loss(q_value, y)
+            phi.grad.zero_()
+            critic_loss.backward()
+            critic_adam.step()
+            # 14: actor, one step up the mean of Q_phi(s_i, pi_theta(s_i)) by theta
+            policy_loss = actor_loss(actor, critic, obs)
+            theta.grad.zero_()
+            policy_loss.backward(inputs=list(actor.parameters()))  # none for the critic
+            actor_adam.step()
+            # 15: theta' = tau theta + (1 - tau) theta', phi' likewise
+            target_theta.data.lerp_(theta.data, args.tau)
+            target_phi.data.lerp_(phi.data, args.tau)
+            run.log(
+                {"losses/qf1_loss": critic_loss, "losses/qf1_values": q_value.mean(), "losses/actor_loss": policy_loss}
+            )
+
+    env.close()
+    return {"actor": actor}
 
 
-def exploration_noise(previous: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
-    """eps_t of the random process N: (d_action,), in units of half the range of each action.
+def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
+    """Returns of whole episodes with the actor's own actions, without noise; videos go to a new folder in `folder`."""
+    if args.eval_episodes == 0:
+        return {}
+    env = make_env(args, folder / f"videos-{time.time():.6f}" if folder and args.capture_video else None)
+    actor = Actor(env.observation_space.shape[0], env.action_space.shape[0], args.hidden_sizes).to(device)
+    actor.load_state_dict(model["actor"])
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
+        done = False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(actor.act(obs))
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
 
-    Gaussian draws are independent. An Ornstein-Uhlenbeck process keeps 1 - theta of what it was, theta = 0.15, and so
-    has a standard deviation of 1.9 times that of its draws.
-    """
-    kept = OU_KEPT if args.noise == "ornstein-uhlenbeck" else 0.0
-    return kept * previous + args.exploration_noise * rng.standard_normal(len(previous))
+
+def check(args: Args) -> str:
+    """Refuses flags that do not fit together; returns the name of what it trains on."""
+    if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < args.batch_size:
+        order = "--batch-size <= --learning-starts <= --total-timesteps, and --batch-size <= --buffer-size"
+        fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")
+    return args.env_id
 
 
-# --- Checkpoint and evaluation ----------------------------------------------------------------------------------------
+# === The run: the same in every script ================================================================================
+
+SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
+
+
+def number(kind: type, low: float, high: float, words: str) -> PrimitiveConstructorSpec:
+    """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
+
+    def parse(given: list[str]) -> float:
+        if not low <= kind(given[0]) <= high:  # nan is refused too
+            raise ValueError(f"{given[0]} is not {words}")
+        return kind(given[0])
+
+    return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
+
+
+Count = Annotated[int, number(int, 1, 2**62, "INT >= 1")]
+Natural = Annotated[int, number(int, 0, 2**62, "INT >= 0")]
+Positive = Annotated[float, number(float, 5e-324, 1e300, "FLOAT > 0")]
+NonNegative = Annotated[float, number(float, 0, 1e300, "FLOAT >= 0")]
+Fraction = Annotated[float, number(float, 0, 1, "FLOAT from 0 to 1")]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
+    """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
+    now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    for name, value in now.items():
+        if name not in free and value != started.get(name):
+            why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
+            fail(f"--{name.replace('_', '-')} {value}: {path} was started with {started.get(name)}{why}")
 
 
 def save(path: Path, content: dict) -> None:
     """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        if path.suffix == ".json":
-            file.write((json.dumps(content, indent=2) + "\n").encode())
-        else:
-            torch.save(content, file)
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
+        file.write(as_json) if as_json else torch.save(content, file)
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name too must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        os.fsync(file)
+    os.replace(file.name, path)
 
 
-def load(path: Path, flag: str, kind: str) -> dict:
-    """Reads a "model" or "checkpoint" that `save` wrote, tensors and plain types only; all else ends the program."""
-    if not path.is_file():
-        fail(f"{flag}: there is no file {path}")
+def load(path: Path, kind: str) -> dict:
+    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
-        fail(f"{flag}: {path} is damaged or not written by {SCRIPT}.py ({type(error).__name__})")
-    if not isinstance(content, dict) or (content.get("script"), content.get("kind")) != (SCRIPT, kind):
-        fail(f"{flag}: {path} is no {kind} of {SCRIPT}.py")
-    return content
+        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+    except Exception as error:  # a dozen types on damaged or foreign files
+        fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
 
 
-def lock(run_dir: Path) -> None:
-    """Ends the program if another process trains in this folder; the lock goes with the process."""
-    if fcntl:
-        try:
-            fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"--run-name {run_dir.name}: another process is training in {run_dir}")
+class Run:
+    """A training's folder, curves and checkpoints, its random generator and its device.
 
-
-def evaluate(args: Args, actor: Actor, video_dir: Path | None = None) -> list[float]:
-    """Returns of whole episodes with the actor's own actions, without noise."""
-    env = make_env(args, video_dir)
-    device = next(actor.parameters()).device
-    returns = []
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed + 1_000_000 if episode == 0 else None)
-        episodic_return, terminated, truncated = 0.0, False, False
-        while not (terminated or truncated):
-            obs, reward, terminated, truncated, _ = env.step(greedy_action(actor, obs, device))
-            episodic_return += reward
-        returns.append(episodic_return)
-    env.close()
-    return returns
-
-
-def load_checkpoint(args: Args) -> dict | None:
-    """The checkpoint that --resume goes on from, None where there is none; ends the program where it does not fit."""
-    run_dir = args.runs_dir / args.run_name
-    if not (args.resume and (run_dir / "checkpoint.pt").exists()):
-        return None
-    checkpoint = load(run_dir / "checkpoint.pt", "--resume", "checkpoint")
-    check_same_flags(args, checkpoint["args"])
-    return checkpoint
-
-
-def check_same_flags(args: Args, started: dict) -> None:
-    """Ends the program where a run goes on with other flags than it was started with."""
-    may_differ = {"resume", "runs_dir", "run_name", "device", "eval_episodes", "evaluate", "capture_video", "track"}
-    for name, value in plain(args).items():
-        if value != started.get(name) and name not in may_differ and not name.startswith("wandb"):
-            run_dir = args.runs_dir / args.run_name
-            reject(args, name, f"{run_dir} was started with {started.get(name)}; give the same flags")
-
-
-def check_replay_file(args: Args, checkpoint: dict | None) -> None:
-    """Ends the program where the file that a checkpoint refers to is gone."""
-    replay = args.runs_dir / args.run_name / REPLAY_FILE
-    if checkpoint and (not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]):
-        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def choose_device(args: Args) -> torch.device:
-    """The device that --device asks for."""
-    if args.device != "auto":
-        return torch.device(args.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def replay_size(args: Args) -> tuple[int, int]:
-    """Transitions that the replay memory draws from, and spare places for those that come between two checkpoints."""
-    capacity = min(args.buffer_size, args.total_timesteps)
-    if args.checkpoint_frequency == 0:
-        return capacity, 0
-    return capacity, min(args.checkpoint_frequency, max(capacity // 32, 1000)) + 1
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come."""
-
-    global_step: int = 0
-    episodic_return: float = 0.0
-    episodic_length: int = 0
-    recent_returns: list[float] = dataclasses.field(default_factory=list)  # of the last 100 episodes, unclipped
-    wall_seconds: float = 0.0
-    update_steps: int = 0  # steps since the first update, and the seconds they took
-    update_seconds: float = 0.0
-
-
-class Clock:
-    """Keeps the time in a run's progress, and shows both: a bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, progress: Progress, start_time: float):
-        self.progress, self.start_time = progress, start_time
-        self.wall_seconds_before = progress.wall_seconds
-        self.last_time, self.last_step, self.last_shown = time.perf_counter(), progress.global_step, -math.inf
-        self.sps = 0.0
-
-    def tick(self, learning_starts: int) -> None:
-        """Updates the steps per second since the last tick, and the totals."""
-        now, step = time.perf_counter(), self.progress.global_step
-        steps, seconds = step - self.last_step, now - self.last_time
-        self.sps = steps / seconds
-        if self.last_step >= learning_starts:
-            self.progress.update_steps += steps
-            self.progress.update_seconds += seconds
-        self.progress.wall_seconds = self.wall_seconds_before + now - self.start_time
-        self.last_time, self.last_step = now, step
-
-    def show(self, total: int) -> None:
-        terminal, step, returns = sys.stdout.isatty(), self.progress.global_step, self.progress.recent_returns
-        if self.last_time - self.last_shown < (1 if terminal else 60) and step < total:
-            return
-        self.last_shown = self.last_time
-        hours, minutes = divmod(int((total - step) / self.sps / 60), 60)
-        score = f"{np.mean(returns):.1f}" if returns else "-"
-        line = f"step {step:,}/{total:,}  return {score}  {self.sps:.0f} steps/s  {hours}:{minutes:02} h left"
-        if terminal:
-            filled = 24 * step // total
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\033[K", end="" if step < total else "\n", flush=True)
-        else:
-            print(line, flush=True)
-
-
-def log_hyperparameters(writer: SummaryWriter, args: Args) -> None:
-    """As a text, and for the HPARAMS tab beside the curve of returns."""
-    values = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(args).items()}
-    table = "\n".join(f"|{name}|{value}|" for name, value in values.items())
-    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + table)
-    for summary in hparams(values, {"charts/episodic_return": 0.0}):
-        writer.file_writer.add_summary(summary)
-
-
-def train(args: Args) -> None:
-    """Trains as the listing above says; leaves curves, weights and a result in the run's folder.
-
-    Raises KeyboardInterrupt, with a checkpoint written, when SIGINT or SIGTERM asks to stop.
+    From its checkpoint a run ends with the weights and curves, to the bit, of one that was never interrupted.
     """
-    start_time = time.perf_counter()
-    device = choose_device(args)
-    run_dir = args.runs_dir / args.run_name
-    checkpoint = load_checkpoint(args)
-    check_replay_file(args, checkpoint)
-    torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng([args.seed, 1])  # other draws than those of the environment, seeded with the seed alone
-    env = make_env(args)
-    d_obs, d_action = env.observation_space.shape[0], env.action_space.shape[0]
-    run_dir.mkdir(parents=True, exist_ok=args.resume)
-    lock(run_dir)
-    if not checkpoint:
-        (run_dir / REPLAY_FILE).unlink(missing_ok=True)
-        save(run_dir / "args.json", plain(args))
-    if args.track:
-        start_tracking(args)
-    # A killed run repeats what came after its checkpoint: TensorBoard forgets the first version from purge_step on.
-    writer = SummaryWriter(run_dir, purge_step=checkpoint["progress"]["global_step"] + 1 if checkpoint else 0)
 
-    # 1: initialise critic Q_phi and actor pi_theta with random weights
-    actor, critic = Actor(args, d_obs, d_action).to(device), Critic(args, d_obs, d_action).to(device)
-    actor_optimizer = torch.optim.Adam(
-        actor.parameters(), lr=args.actor_learning_rate or args.learning_rate, fused=True
-    )
-    critic_optimizer = torch.optim.Adam(
-        critic.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
-    # 2: initialise targets phi' = phi, theta' = theta
-    target_actor, target_critic = (copy.deepcopy(network).requires_grad_(False).eval() for network in (actor, critic))
-    # 3: initialise replay memory R
-    path = run_dir / REPLAY_FILE if args.checkpoint_frequency else None
-    memory = ReplayMemory(*replay_size(args), d_obs, d_action, args.n_step, args.gamma, rng, device, path)
-    learned = {
-        **{"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic},
-        **{"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "memory": memory},
-    }
+    def __init__(self, args: Args, subject: str):
+        self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
+        self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+        self.progress = {"step": 0, "return": 0.0, "length": 0, "returns": [], "first_update": None}
+        default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
+        name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
+        self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
+        self.evaluating = self.stopping = False
+        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+            fail(
+                f"--run-name {name}: must be a plain and new name in {args.runs_dir}; --resume goes on with an old one"
+            )
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        self.made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
+        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl = importlib.import_module("fcntl")  # Windows has none
+            fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other than this one is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                fail(f"--run-name {name}: another process is training in {self.dir}")
+        if (self.dir / "args.json").exists():
+            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        if (self.dir / "result.json").exists():
+            raise SystemExit(print(f"{self.dir} is finished: see its result.json"))
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
 
-    def snapshot() -> dict:
-        return {
-            "script": SCRIPT,
-            "kind": "checkpoint",
-            "args": plain(args),
-            "progress": dataclasses.asdict(progress),
-            "env": env.get_state(),
-            "obs": torch.from_numpy(obs),
-            "noise": torch.from_numpy(noise),
-            "rng": rng.bit_generator.state,
-            **{name: part.state_dict() for name, part in learned.items()},
-        }
+    def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
+        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
+        except (OSError, OverflowError, ValueError) as error:
+            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
 
-    if checkpoint:
-        progress = Progress(**checkpoint["progress"])
-        for name, part in learned.items():
-            part.load_state_dict(checkpoint[name])
-        obs = env.set_state(checkpoint["env"])
-        if not np.array_equal(obs, checkpoint["obs"].numpy()):
-            fail(f"--resume: {args.env_id} does not play an episode again as it was; this run can only start anew")
-        noise = checkpoint["noise"].numpy()
-        rng.bit_generator.state = checkpoint["rng"]
-    else:
-        progress = Progress()
-        log_hyperparameters(writer, args)
-        # 5, 6: a random process N and the first state
-        noise = np.zeros(d_action)
-        obs, _ = env.reset(seed=args.seed)
-    pairs = ((actor, critic), (target_actor, target_critic))
-    parameters, target_parameters = ([*first.parameters(), *second.parameters()] for first, second in pairs)
-    buffers, target_buffers = ([*first.buffers(), *second.buffers()] for first, second in pairs)
-    clock = Clock(progress, start_time)
-    checkpoint_count = memory.count
-    qf1_loss = qf1_value = policy_loss = None
-    stop_signals = []
-
-    def request_stop(signum: int, _: object) -> None:
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the program at once
-
-    previous_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    for step in range(progress.global_step + 1, args.total_timesteps + 1):  # 4, 7: for each step t of each episode
-        # 8: the actor's action and noise; the first actions are random
-        if step <= args.learning_starts:
-            action = rng.uniform(-1, 1, d_action).astype(np.float32)
+    def restore(self, **parts: object) -> bool:
+        """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
+        self.parts, self.made, flags, state = parts, [], vars(self.args), self.checkpoint or {"events": {}}
+        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
+            os.truncate(path, state["events"].get(path.name, 0))
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.progress, self.start = state["progress"], self.start - state["seconds"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         else:
-            noise = exploration_noise(noise, args, rng)
-            action = (greedy_action(actor, obs, device) + noise).clip(-1, 1).astype(np.float32)
-            if not np.isfinite(action).all():
-                writer.close()
-                fail(f"the actor's action is {action} at step {step:,}; try a lower --learning-rate")
+            save(self.dir / "args.json", flags)
+        if self.wandb:
+            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
+            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
+        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        if not self.checkpoint:
+            self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.stop)
+        return self.checkpoint is not None
 
-        # 9, 10: execute it, store the transition
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        if not (np.isfinite(obs).all() and np.isfinite(next_obs).all() and abs(reward) < FLOAT32_MAX):
-            writer.close()
-            fail(f"--env-id {args.env_id}: the environment returned NaN or infinity at step {step:,}")
-        memory.append(obs, action, reward, terminated, truncated, next_obs)
-        obs = next_obs
-        progress.global_step = step
-        progress.episodic_return += reward
-        progress.episodic_length += 1
-        if terminated or truncated:
-            progress.recent_returns = [*progress.recent_returns, progress.episodic_return][-100:]
-            writer.add_scalar("charts/episodic_return", progress.episodic_return, step)
-            writer.add_scalar("charts/episodic_length", progress.episodic_length, step)
-            progress.episodic_return, progress.episodic_length = 0.0, 0
-            # 5, 6: a new episode starts the random process anew
-            noise = np.zeros(d_action)
-            obs, _ = env.reset()
+    def stop(self, signum: int, _: object) -> None:
+        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
+        signal.signal(signum, signal.SIG_DFL)
+        self.stopping = True
+        if self.evaluating:
+            raise KeyboardInterrupt
 
-        if step >= args.learning_starts:
-            # 11: sample a minibatch
-            observations, actions, n_step_returns, discounts, next_observations = memory.sample(args.batch_size)
-            # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1})), or n steps ahead
-            with torch.no_grad():
-                next_q_value = target_critic(next_observations, target_actor(next_observations))
-                td_target = td_targets(n_step_returns, discounts, next_q_value)
-            # 13: critic
-            qf1_value = critic(observations, actions)
-            qf1_loss = F.mse_loss(qf1_value, td_target)
-            critic_optimizer.zero_grad()
-            qf1_loss.backward()
-            critic_optimizer.step()
-            if step % args.policy_frequency == 0:
-                # 14: actor
-                actor.train()
-                policy_loss = actor_loss(actor, critic, observations)
-                actor_optimizer.zero_grad()
-                policy_loss.backward(inputs=list(actor.parameters()))  # and none for the critic
-                actor_optimizer.step()
-                # 15: theta' = tau theta + (1 - tau) theta', phi' likewise
-                soft_update(target_parameters, parameters, args.tau)
-                for target_buffer, buffer in zip(target_buffers, buffers, strict=True):
-                    target_buffer.copy_(buffer)  # batch normalisation's running means are averages already
+    def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
+        """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
 
-        # The rest keeps the books.
-        stopping, last = bool(stop_signals), step == args.total_timesteps
-        room = memory.slots - memory.capacity - (memory.count - checkpoint_count)
-        save_now = args.checkpoint_frequency > 0 and (
-            step % args.checkpoint_frequency == 0 or room < 1 or stopping or last
-        )
-        if step % LOG_FREQUENCY == 0 or save_now or last:
-            if qf1_loss is not None and not all(weight.isfinite().all() for weight in parameters):
-                writer.close()
-                fail(f"the critic's loss is {qf1_loss.item()} by step {step:,}; try a lower --learning-rate")
-            clock.tick(args.learning_starts)
-            if step % LOG_FREQUENCY == 0 and qf1_loss is not None:
-                writer.add_scalar("losses/qf1_loss", qf1_loss.item(), step)
-                writer.add_scalar("losses/qf1_values", qf1_value.mean().item(), step)
-                writer.add_scalar("charts/SPS", clock.sps, step)
-                if policy_loss is not None:
-                    writer.add_scalar("losses/actor_loss", policy_loss.item(), step)
-            clock.show(args.total_timesteps)
-        if args.eval_frequency and args.eval_episodes and step % args.eval_frequency == 0 and not last:
-            evaluation_start = time.perf_counter()
-            writer.add_scalar("eval/episodic_return", np.mean(evaluate(args, actor)), step)
-            clock.last_time += time.perf_counter() - evaluation_start  # it is no training
-        if save_now:
-            writer.flush()
-            save(run_dir / "checkpoint.pt", snapshot())
-            checkpoint_count = memory.count
-        if stopping:
-            break
+        The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
+        """
+        args, progress, self.size = self.args, self.progress, size
+        line = {"mininterval": 60, "bar_format": "{n_fmt} of {total_fmt}, {rate_fmt}{postfix}\n"}
+        line = {} if sys.stdout.isatty() else line
+        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+            while progress["step"] < total:
+                if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
+                    self.evaluate(model, None)
+                progress["step"] += size
+                yield progress["step"]
+                self.bar.update(size)
+                self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
+                last = self.stopping or progress["step"] >= total
+                if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
+                    self.save_checkpoint()
+                if self.stopping:
+                    raise KeyboardInterrupt
 
-    for signum, handler in previous_handlers.items():
-        signal.signal(signum, handler)
-    if stop_signals:
-        writer.close()
-        raise KeyboardInterrupt
+    def due(self, frequency: int) -> bool:
+        """Whether this step is one of every so many."""
+        return frequency > 0 and self.progress["step"] % frequency < self.size
 
-    content = {"script": SCRIPT, "kind": "model", "args": plain(args), "actor": actor.state_dict()}
-    save(run_dir / "model.pt", content)
-    returns = evaluate(args, actor, run_dir / "videos" if args.capture_video else None)
-    if returns:
-        writer.add_scalar("eval/episodic_return", np.mean(returns), args.total_timesteps)
-    writer.close()
-    save(
-        run_dir / "result.json",
-        {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "seed": args.seed,
-            "total_timesteps": args.total_timesteps,
-            "train_return_mean": float(np.mean(progress.recent_returns)) if progress.recent_returns else None,
-            "eval_return_mean": float(np.mean(returns)) if returns else None,
-            "eval_return_std": float(np.std(returns)) if returns else None,
-            "eval_episodes": args.eval_episodes,
-            "steps_per_second": progress.update_steps / progress.update_seconds if progress.update_steps else None,
-            "wall_seconds": clock.wall_seconds_before + time.perf_counter() - start_time,
-            "device": device.type,
-            "torch_threads": torch.get_num_threads(),
-            "versions": {module.__name__: module.__version__ for module in (torch, np, gym)}
-            | {"python": platform.python_version()},
-        },
-    )
-    (run_dir / REPLAY_FILE).unlink(missing_ok=True)
-    if returns:
-        print(f"{run_dir}: mean return {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+    def count_reward(self, reward: float, done: bool) -> None:
+        """Adds a step to its episode; where it is done, its return and length are logged."""
+        progress = self.progress
+        progress |= {"return": progress["return"] + reward, "length": progress["length"] + 1}
+        if done:
+            self.writer.add_scalar("charts/episodic_return", progress["return"], progress["step"])
+            self.writer.add_scalar("charts/episodic_length", progress["length"], progress["step"])
+            progress |= {"returns": [*progress["returns"], progress["return"]][-100:], "return": 0.0, "length": 0}
+            self.bar.set_postfix_str(f"return {np.mean(progress['returns']):.6g}", refresh=False)
 
+    def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
+        """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
+        if self.progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            self.progress["first_update"] = self.progress["step"], time.time() - self.start
+        for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
+            if not math.isfinite(value := float(torch.as_tensor(value).detach())):
+                fail(f"{tag} is {value:g} in step {self.progress['step']:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, self.progress["step"])
 
-def start_tracking(args: Args) -> None:
-    import wandb
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        self.writer.flush()
+        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+            with open(path) as file:
+                os.fsync(file)
+        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
+        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save(self.dir / "checkpoint.pt", state)
 
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        id=args.run_name,
-        resume="allow",
-        config=plain(args),
-        dir=args.runs_dir / args.run_name,
-        sync_tensorboard=True,
-    )
+    def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
+        """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
+        self.evaluating = True
+        with torch.random.fork_rng(devices=[]):
+            states = {name: part.state_dict() for name, part in model.items()}
+            figures = evaluate(self.args, states, self.device, folder)
+        self.evaluating = False
+        for name, value in figures.items():
+            self.writer.add_scalar(f"eval/{name.removeprefix('eval_')}", value, self.progress["step"])
+        return figures
 
-
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-def reject(args: Args, name: str, reason: str) -> NoReturn:
-    fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
-
-
-def check_args(args: Args) -> None:
-    """Ends the program with one line where a flag cannot work, whether it trains or evaluates."""
-    choices = {
-        "device": ("auto", "cpu", "cuda", "mps"),
-        "normalisation": ("layer", "batch", "none"),
-        "noise": ("gaussian", "ornstein-uhlenbeck"),
-    }
-    for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            reject(args, name, f"choose one of {', '.join(allowed)}")
-    counts = ("total_timesteps", "buffer_size", "batch_size", "learning_starts", "policy_frequency", "n_step")
-    for name in (*counts, "learning_rate", "layer_norm_eps"):
-        if not 0 < getattr(args, name) < math.inf:
-            reject(args, name, "must be greater than 0")
-    for name in ("actor_learning_rate", "weight_decay", "final_init", "exploration_noise"):
-        if not 0 <= getattr(args, name) < math.inf:
-            reject(args, name, "must not be negative")
-    for name in ("seed", "checkpoint_frequency", "eval_frequency", "eval_episodes"):
-        if not 0 <= getattr(args, name) < 2**62:
-            reject(args, name, "must not be negative, nor 2^62 or more")
-    for name in ("gamma", "tau"):
-        if not 0 <= getattr(args, name) <= 1:
-            reject(args, name, "must lie in [0, 1]")
-    if not args.hidden_sizes or min(args.hidden_sizes) < 1:
-        reject(args, "hidden_sizes", "give one positive number for each hidden layer")
-    if not 1 <= args.action_layer <= len(args.hidden_sizes):
-        reject(args, "action_layer", f"must be a hidden layer, 1 to {len(args.hidden_sizes)}")
-    if args.normalisation == "batch" and args.batch_size == 1:
-        reject(args, "batch_size", "--normalisation batch needs 2 or more")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        reject(args, "device", "PyTorch finds no such device here; use --device cpu")
-    try:
-        env = gym.make(args.env_id)
-    except gym.error.UnregisteredEnv:
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.4)
-        reject(args, "env_id", "no such environment" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    except (ImportError, gym.error.Error) as error:
-        reject(args, "env_id", f"{error}".splitlines()[0])
-    if env.spec.max_episode_steps is None:
-        reject(args, "env_id", "needs a time limit; register it with max_episode_steps")
-    obs_space, action_space = env.observation_space, env.action_space
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        reject(args, "env_id", f"needs a vector of observations (Box), these are {obs_space}".replace("\n", ""))
-    vector = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-    if not (vector and np.issubdtype(action_space.dtype, np.floating)):
-        reject(args, "env_id", f"needs a vector of continuous actions (Box), these are {action_space}")
-    if not action_space.is_bounded():
-        reject(
-            args,
-            "env_id",
-            f"needs bounded actions, these are {action_space}; wrap it in gymnasium's ClipAction or the like",
-        )
-    if args.capture_video:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with make_env(args, Path(folder) / "videos") as env:
-                    env.reset()
-            except Exception as error:  # every renderer has its own
-                reject(args, "capture_video", f"{args.env_id} cannot be drawn here ({f'{error!r}'.splitlines()[0]})")
-
-
-def check_training(args: Args) -> None:
-    """Ends the program with one line where the algorithm cannot run; creates nothing."""
-    if args.n_step > args.buffer_size:
-        reject(args, "n_step", f"must not exceed --buffer-size {args.buffer_size}")
-    env = make_env(args)
-    d_obs, d_action = env.observation_space.shape[0], env.action_space.shape[0]
-    check_replay(args, replay_bytes=sum(replay_size(args)) * 4 * (2 * d_obs + d_action + 2))
-
-
-def check_run(args: Args) -> None:
-    """Ends the program with one line where the run's folder cannot be; creates nothing."""
-    run_dir = args.runs_dir / args.run_name
-    if Path(args.run_name).name != args.run_name or args.run_name == "..":
-        reject(args, "run_name", f"must be a plain name, for a folder in --runs-dir {args.runs_dir}")
-    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        reject(args, "runs_dir", f"{folder} is no folder that can be written to")
-    if run_dir.exists() and not args.resume:
-        reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
-    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
-        fail("--track: Weights & Biases is not installed; pip install wandb")
-
-
-def check_replay(args: Args, replay_bytes: float) -> None:
-    """Ends the program with one line where learning cannot start, or `replay_bytes` have no room."""
-    if args.buffer_size < args.batch_size:
-        reject(args, "buffer_size", f"must hold a batch, {args.batch_size} or more")
-    if args.learning_starts < args.batch_size:
-        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
-    if args.learning_starts > args.total_timesteps:
-        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
-    run_dir = args.runs_dir / args.run_name
-    if args.checkpoint_frequency:  # the replay memory is a file
-        folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-        replay = run_dir / REPLAY_FILE
-        there = replay.stat().st_blocks * 512 if replay.exists() else 0
-        needed = replay_bytes + 200e6  # with the checkpoint, its successor and the curves
-        where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free + there
-    else:
-        needed, where, free = replay_bytes, "of memory", available_memory()
-    if needed > free:
-        fitting = max(0, int(args.buffer_size * free * 0.9 / needed))
-        have = f"{free / 1e9:.1f} GB {where} are free"
-        reject(args, "buffer_size", f"needs {needed / 1e9:.1f} GB, and {have}; --buffer-size {fitting} would fit")
-
-
-def available_memory() -> float:
-    """Bytes that a process may still take, where the system tells (Linux); else infinity."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return math.inf
-    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-
-
-def evaluate_model(args: Args) -> None:
-    """Acts with the weights of a model.pt, in the environment that it was trained on."""
-    content = load(args.evaluate, "--evaluate", "model")
-    # Parsed again, the environment and the networks default to those of the training.
-    names = ("env_id", "hidden_sizes", "normalisation", "layer_norm_eps", "final_init")
-    trained = Args(**{name: content["args"][name] for name in names})
-    args = tyro.cli(Args, default=trained)
-    if args.env_id != trained.env_id:
-        reject(args, "env_id", f"{args.evaluate} was trained on {trained.env_id}")
-    if args.eval_episodes == 0:
-        reject(args, "eval_episodes", "must be greater than 0 with --evaluate")
-    check_args(args)
-    env = make_env(args)
-    actor = Actor(args, env.observation_space.shape[0], env.action_space.shape[0])
-    try:
-        actor.load_state_dict(content["actor"])
-    except RuntimeError:
-        fail(
-            f"--evaluate: the networks in {args.evaluate} are of another shape than {args.env_id} and the flags ask for"
-        )
-    returns = evaluate(
-        args, actor.to(choose_device(args)), args.evaluate.parent / "videos" if args.capture_video else None
-    )
-    print(f"{args.env_id}: mean return {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+    def finish(self, model: dict[str, object]) -> dict[str, float]:
+        """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in FREE}
+        states = {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model", "args": flags} | states)
+        progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
+        rate = (progress["step"] - step) / (time.time() - self.start - second)
+        figures = self.evaluate(model, self.dir)
+        self.writer.close()
+        modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
+        result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
+        result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
+        result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
+        result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
+        save(self.dir / "result.json", result)
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+        return figures
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    if args.evaluate:
-        return evaluate_model(args)
-    check_args(args)
-    if args.resume and not args.run_name:
-        fail("--resume: give the --run-name of the run to go on with")
-    if not args.run_name:
-        args.run_name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = args.runs_dir / args.run_name
-    if args.resume and (run_dir / "result.json").exists():
-        (run_dir / REPLAY_FILE).unlink(missing_ok=True)
-        return print(f"{run_dir} is finished: see its result.json")
-    check_run(args)
-    check_training(args)
+    args, run = tyro.cli(Args, description=__doc__), None
     try:
-        train(args)
+        if args.evaluate:
+            content = load(args.evaluate, "model")
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
+            check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
+            check(args)
+            device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+            figures = evaluate(args, content, device, args.evaluate.parent)
+        else:
+            run = Run(args, check(args))
+            figures = run.finish(train(args, run))
+        words = [f"{name} {value:.6g}" for name, value in figures.items()]
+        print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except KeyboardInterrupt:
-        flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-        if "--run-name" not in flags:
-            flags += ["--run-name", args.run_name]
-        command = f"python {shlex.join([sys.argv[0], *flags, '--resume'])}"
-        print(f"\nstopped; go on with: {command}" if args.checkpoint_frequency else "\nstopped, without a checkpoint")
+        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
+        words = sys.argv if args.resume else words
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        fail(f"{error}; pip install it, or, for what pip does not have, use Linux or macOS")
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+    finally:
+        for folder in run.made if run else ():  # its training did not begin
+            for path in folder.glob("replay.*"):
+                path.unlink()
+            folder.rmdir()
 
 
 if __name__ == "__main__":

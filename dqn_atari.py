@@ -18,16 +18,16 @@ Deep Q-learning with experience replay. The numbers stand again in `train`, wher
     10      one gradient step on the mean of (y_j - Q(phi_j, a_j))^2 by the weights of Q
     11      every C steps Q- = Q
 
-Differs from the paper:
+Differs from the paper and its code (DeepMind's, in Lua):
 - Adam on the squared error, a shorter exploration and a faster target network by default, because they learn from
   fewer frames. The README gives the command line with the paper's own settings: its centred RMSProp, its error clipped
   to [-1, 1] (`--loss huber`), and its gradients, summed over the batch, translated to the averaged ones here.
-- All steps are agent steps of four emulator frames; the paper gives the length of a run and of exploration in frames.
-- The end by a time limit is no terminal state: its target bootstraps. The paper's code treats it as the game's end.
+- All steps are agent steps of four emulator frames. Epsilon falls from step 0 on; theirs, from the first update.
+- The end by a time limit is no terminal state: its target bootstraps. Theirs takes it for the game's end.
+- A lost life is terminal, but the screens before it stay in the stack; theirs are black from there.
+- Screens are made grey, the maximum of two is taken, and it is shrunk by area; theirs: maximum, grey, bilinear.
 - The lecture's slide prints 32 filters in the second convolution and a softmax output. The paper has 64 filters and
   a linear output (Q-values are no probabilities), and so has this script.
-- On processors with bfloat16 instructions the layers before the last compute in bfloat16, on float32 weights
-  (`--precision`).
 """
 
 # /// script
@@ -39,26 +39,33 @@ Differs from the paper:
 #     "numpy==2.4.6",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
+#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import difflib
-import importlib.util
+import functools
+import hashlib
+import importlib
 import json
 import math
 import os
 import platform
+import re
 import shlex
-import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, ClassVar, Literal, NoReturn
 
 import ale_py
 import gymnasium as gym
@@ -68,23 +75,17 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
-try:
-    import fcntl
-except ImportError:  # Windows: runs are not locked
-    fcntl = None
-
-SCRIPT = Path(__file__).stem
 FRAME_SIZE = 84  # pixels; a preprocessed screen is 84 x 84 grey levels
 STACK = 4  # screens in one observation
 ACTION_REPEAT = 4  # emulator frames per agent step
 NOOP_MAX = 30  # emulator frames without action at the start of a game, at most
 EVAL_EPSILON = 0.05
 EVAL_MAX_FRAMES = 18_000  # emulator frames of an evaluation game: five minutes at 60 Hz
-LOG_FREQUENCY = 400  # agent steps between two records of losses and speed
-REPLAY_FILE = "replay.frames"
-RAW_SCREENS = {"frameskip": 1, "obs_type": "grayscale"}  # of Gymnasium's Atari environments; the rest is done here
+EVAL_SEED = 1_000_000  # added to the seed: evaluations play other games than the training
+LOG_FREQUENCY = 400  # agent steps between two records of losses
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -92,92 +93,68 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 @dataclasses.dataclass
 class Args:
-    # The run
-    seed: int = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
-    total_timesteps: int = 1_000_000
+    env_id: str = "ALE/Pong-v5"
+    """the game: an Atari environment id"""
+    sticky_actions: Fraction = 0.0
+    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
+    total_timesteps: Count = 1_000_000
     """agent steps to train for (one step is four emulator frames)"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps; auto takes cuda or mps where there is one"""
-    precision: str = "auto"
-    """arithmetic of the layers before the last: float32, bfloat16, or auto, which is bfloat16 on a CPU that has
-    instructions for it and float32 elsewhere; the weights are float32 in any case"""
+    learning_rate: Positive = 1e-4
+    """learning rate of the optimizer"""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """rmsprop is the paper's: centred, decay 0.95"""
+    optimizer_eps: Positive = 1e-8
+    """epsilon in the optimizer's denominator: added to the root by adam, under the root by rmsprop"""
+    loss: Literal["mse", "huber"] = "mse"
+    """the gradient of huber is the paper's error clipped to [-1, 1]"""
+    buffer_size: Count = 1_000_000
+    """screens in the replay memory, 7,064 bytes each: one a transition, and one more a game"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    target_network_frequency: Count = 1_000
+    """agent steps between two copies of the weights to the target network; 1: no separate target"""
+    batch_size: Count = 32
+    """transitions in a minibatch"""
+    start_e: Fraction = 1.0
+    """epsilon of the exploration at the start"""
+    end_e: Fraction = 0.01
+    """epsilon of the exploration at its end"""
+    exploration_fraction: Fraction = 0.1
+    """part of the run over which epsilon falls from start to end"""
+    learning_starts: Count = 20_000
+    """agent steps before the first update"""
+    train_frequency: Count = 4
+    """agent steps between two updates"""
+
+    # The run
+    seed: Natural = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    device: Literal[DEVICES] = "auto"
+    """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""
     """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
     resume: bool = False
     """go on from the checkpoint of --run-name; start the run where there is none"""
-    checkpoint_frequency: int = 100_000
-    """agent steps between two checkpoints, at most (earlier where the spare places of the replay memory, a 32nd part of
-    it, are used up); 0 switches them off"""
-    eval_episodes: int = 10
-    """games to play for evaluation after training"""
+    checkpoint_frequency: Natural = 10_000
+    """steps between two checkpoints; 0: none"""
+    eval_frequency: Natural = 0
+    """steps between two evaluations during the training, in an environment of their own; 0: none"""
+    eval_episodes: Natural = 10
+    """episodes of an evaluation, also of the one after the training; 0: none"""
     evaluate: Path | None = None
     """a model.pt to evaluate, instead of training"""
     capture_video: bool = False
-    """record the games of the evaluation as mp4 (a game of five minutes takes 2 GB of memory until it is written)"""
+    """record the episodes of the last evaluation as mp4"""
     track: bool = False
-    """also log to Weights & Biases (pip install wandb)"""
-    wandb_project_name: str = "deep-rl-reference-scripts"
-    """project name in Weights & Biases"""
-    wandb_entity: str | None = None
-    """team name in Weights & Biases"""
-
-    # The environment
-    env_id: str = "ALE/Pong-v5"
-    """the game: an Atari environment id"""
-    sticky_actions: float = 0.0
-    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
-
-    # The algorithm
-    learning_rate: float = 1e-4
-    """learning rate of the optimizer"""
-    optimizer: str = "adam"
-    """adam, or rmsprop (the paper's: centred, decay 0.95)"""
-    optimizer_eps: float = 1e-8
-    """epsilon in the optimizer's denominator: added to the root by adam, under the root by rmsprop"""
-    loss: str = "mse"
-    """mse, or huber (its gradient is the paper's error clipped to [-1, 1])"""
-    buffer_size: int = 1_000_000
-    """screens in the replay memory, 7,056 bytes each: one a transition, and one more a game"""
-    gamma: float = 0.99
-    """discount factor"""
-    target_network_frequency: int = 1_000
-    """agent steps between two copies of the weights to the target network; 1: no separate target"""
-    batch_size: int = 32
-    """transitions in a minibatch"""
-    start_e: float = 1.0
-    """epsilon of the exploration at the start"""
-    end_e: float = 0.01
-    """epsilon of the exploration at its end"""
-    exploration_fraction: float = 0.1
-    """part of the run over which epsilon falls from start to end"""
-    learning_starts: int = 20_000
-    """agent steps before the first update"""
-    train_frequency: int = 4
-    """agent steps between two updates"""
-
-
-def plain(args: Args) -> dict:
-    """The flags in types that JSON knows."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --- Environment ------------------------------------------------------------------------------------------------------
+    """also log to Weights & Biases (pip install wandb); WANDB_PROJECT and WANDB_ENTITY say where"""
 
 
 def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """How to shrink an axis of `size` pixels to `new_size` by area.
+    """How to shrink an axis of `size` pixels by area: a new pixel is the mean of the size / new_size that it covers.
 
-    A new pixel covers size / new_size old ones and is their mean, those at its edges counted by the part covered. For
-    the first, second, ... old pixel that it touches: the index, int64 (new_size,), and the weight, float32 (new_size,).
+    For the first, second, ... old pixel that it touches: index, int64 (new_size,), and weight, the part covered.
     """
     scale = size / new_size
     start = np.arange(new_size) * scale
@@ -192,18 +169,15 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 class AtariPreprocessing(gym.Wrapper):
     """The paper's preprocessing ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
-    `reset` plays 0 to 30 frames without action; `step` repeats an action for 4 frames, adds up their rewards and takes
-    the maximum of the last two screens, which removes the flicker of sprites drawn on every other frame. Both give one
-    screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
-
-    The no-ops are drawn from `rng`, a NumPy generator that the caller may share. Two games (Backgammon, VideoCheckers)
-    know no no-op and start without.
+    `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
+    rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
+    frame. Both give one screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
     """
 
     def __init__(self, env: gym.Env, rng: np.random.Generator):
         super().__init__(env)
         self.rng = rng
-        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0
+        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon has none
         height, width = env.observation_space.shape
         self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE), np.uint8)
         self.rows, self.columns = area_weights(height, FRAME_SIZE), area_weights(width, FRAME_SIZE)
@@ -240,15 +214,12 @@ class AtariPreprocessing(gym.Wrapper):
         screen = screen if previous is None else np.maximum(previous, screen)
         return self.shrink(screen), total_reward, terminated, truncated, info
 
-    def get_state(self) -> dict:
-        """The emulator's state at the start of this game and what was played since, for a weights-only load.
-
-        The state now would not do: ALE leaves out the action that sticky actions repeat, and in two games (Qbert,
-        Tetris) a part of the screen.
-        """
+    def state_dict(self) -> dict:
+        """The emulator's state at the start of this game, and what was played since. Its state now would not do: ALE
+        leaves out the action that sticky actions repeat, and in two games (Qbert, Tetris) a part of the screen."""
         return {"start": self.start.__getstate__(), "noops": self.noops, "actions": self.actions}
 
-    def set_state(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Plays the game again from its start: some seconds at most, for a game of half an hour."""
         screen, info = self.env.reset()
         self.start, self.noops, self.actions = ale_py.ALEState(state["start"]), state["noops"], []
@@ -258,34 +229,21 @@ class AtariPreprocessing(gym.Wrapper):
             self.step(action)
 
 
-def make_env(args: Args, rng: np.random.Generator) -> gym.Env:
-    return AtariPreprocessing(gym.make(args.env_id, repeat_action_probability=args.sticky_actions, **RAW_SCREENS), rng)
-
-
-def make_eval_env(args: Args, rng: np.random.Generator, video_dir: Path) -> gym.Env:
-    """The game under the limits of the paper's evaluation; with --capture-video its mp4 files replace `video_dir`."""
-    limits = {"max_num_frames_per_episode": EVAL_MAX_FRAMES, "repeat_action_probability": args.sticky_actions}
-    if not args.capture_video:
-        return AtariPreprocessing(gym.make(args.env_id, **limits, **RAW_SCREENS), rng)
-    shutil.rmtree(video_dir, ignore_errors=True)
-    env = gym.make(args.env_id, render_mode="rgb_array", **limits, **RAW_SCREENS)
-    env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, fps=60, disable_logger=True)
+def make_atari(args: Args, rng: np.random.Generator, video_dir: Path | None = None, **limits: int) -> gym.Env:
+    """The game; with a `video_dir`, every episode is recorded there."""
+    options = {"frameskip": 1, "obs_type": "grayscale", "repeat_action_probability": args.sticky_actions, **limits}
+    env = gym.make(args.env_id, render_mode="rgb_array" if video_dir else None, **options)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, fps=60, disable_logger=True)
     return AtariPreprocessing(env, rng)
 
 
-# --- Network ----------------------------------------------------------------------------------------------------------
-
-
 class QNetwork(nn.Module):
-    """The paper's network: observations, uint8 (batch, 4, 84, 84), to action values, float32 (batch, n_actions).
-
-    `features` may compute in bfloat16. The last layer stays float32: action values often differ by less than bfloat16
-    can tell apart, and the greedy action would be a tie.
-    """
+    """The paper's network: observations, uint8 (batch, 4, 84, 84), to action values, float32 (batch, n_actions)."""
 
     def __init__(self, n_actions: int):
         super().__init__()
-        self.features = nn.Sequential(
+        self.layers = nn.Sequential(
             nn.Conv2d(STACK, 32, kernel_size=8, stride=4),
             nn.ReLU(inplace=True),
             nn.Conv2d(32, 64, kernel_size=4, stride=2),
@@ -295,90 +253,60 @@ class QNetwork(nn.Module):
             nn.Flatten(),
             nn.Linear(64 * 7 * 7, 512),
             nn.ReLU(inplace=True),
+            nn.Linear(512, n_actions),
         )
-        self.q_values = nn.Linear(512, n_actions)
-        self.to(memory_format=torch.channels_last)  # a tenth more steps per second in float32 on a CPU
+        self.to(memory_format=torch.channels_last)  # a tenth more steps per second on a CPU
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        features = self.features(obs.to(self.features[0].weight.dtype).div_(255))
-        return self.q_values(features.float())
+        return self.layers(obs / 255)
+
+    @torch.inference_mode()
+    def act(self, obs: torch.Tensor) -> int:
+        """argmax_a Q(obs, a) for one observation, uint8 (1, 4, 84, 84) on the network's device."""
+        return int(self(obs).argmax())
 
 
-def greedy_action(q_network: QNetwork, obs: torch.Tensor) -> int:
-    """argmax_a Q(obs, a) for one observation, uint8 (1, 4, 84, 84) on the network's device."""
-    with torch.inference_mode():
-        return int(q_network(obs).argmax())
-
-
-# --- Replay memory ----------------------------------------------------------------------------------------------------
-
-
-class ReplayMemory:
+class FrameMemory:
     """The last `capacity` screens in a ring, each stored once; observations are stacked again when they are sampled.
 
     An episode of T steps takes T + 1 places, for its last screen is the next observation of its last transition. Beside
     each screen stand the action taken there, its reward, whether it ended in a terminal state, whether there was an
     action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
 
-    With a `path` the screens lie in a memory-mapped file of capacity + spare places. What `state_dict` refers to stays
-    in the file untouched until `spare` further screens have come, so a checkpoint need not copy it. An agent step
-    stores one screen, two where an episode ends.
+    `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files: what could be drawn at a checkpoint
+    stays there for as many more screens as slots exceed the capacity, so the checkpoint only counts.
     """
 
-    BESIDE_SCREENS = ("action", "reward", "terminated", "acted", "age")
+    STEP: ClassVar = [("action", "u1"), ("reward", "f4"), ("terminated", "?"), ("acted", "?"), ("age", "u1")]
 
     def __init__(
-        self, capacity: int, spare: int, rng: np.random.Generator, device: torch.device, path: Path | None = None
+        self, capacity: int, screens: np.ndarray, steps: np.ndarray, rng: np.random.Generator, device: torch.device
     ):
-        self.capacity, self.slots, self.rng, self.device = capacity, capacity + spare, rng, device
-        shape = (self.slots, FRAME_SIZE, FRAME_SIZE)
-        self.file = None
-        if path is None:
-            self.frames = np.zeros(shape, np.uint8)
-        else:
-            self.file = np.memmap(path, np.uint8, mode="r+" if path.exists() else "w+", shape=shape)
-            self.frames = np.asarray(self.file)  # the same memory, without np.memmap's cost at every indexing
-        self.action = np.zeros(self.slots, np.uint8)
-        self.reward = np.zeros(self.slots, np.float32)
-        self.terminated = np.zeros(self.slots, bool)
-        self.acted = np.zeros(self.slots, bool)
-        self.age = np.zeros(self.slots, np.uint8)
+        self.capacity, self.slots, self.screens, self.steps = capacity, len(screens), screens, steps
+        self.rng, self.device = rng, device
         self.count = 0  # screens ever stored; the newest lies at (count - 1) % slots
 
-    def begin_episode(self, frame: np.ndarray) -> None:
-        """Stores the first screen of an episode, uint8 (84, 84)."""
-        self._push(frame, age=0)
-
-    def append(self, action: int, reward: float, terminated: bool, next_frame: np.ndarray) -> None:
+    def append(self, action: int, reward: float, terminated: bool, next_screen: np.ndarray) -> None:
         """Stores the action taken at the newest screen, what it brought, and the screen after it, uint8 (84, 84)."""
         newest = (self.count - 1) % self.slots
-        self.action[newest] = action
-        self.reward[newest] = reward
-        self.terminated[newest] = terminated
-        self.acted[newest] = True
-        self._push(next_frame, age=min(self.age[newest] + 1, STACK - 1))
+        age = int(self.steps["age"][newest])
+        self.steps[newest] = action, reward, terminated, True, age
+        self.push(next_screen, age=min(age + 1, STACK - 1))
 
-    def _push(self, frame: np.ndarray, age: int) -> None:
-        slot = self.count % self.slots
-        self.frames[slot] = frame
-        self.age[slot] = age
-        self.acted[slot] = False
+    def push(self, screen: np.ndarray, age: int = 0) -> None:
+        """Stores a screen, uint8 (84, 84): without an age, the first of an episode."""
+        self.screens[self.count % self.slots] = screen
+        self.steps[self.count % self.slots] = 0, 0.0, False, False, age
         self.count += 1
 
     def _stack(self, position: np.ndarray, first: int, last: int) -> torch.Tensor:
         """Screens from `first` to `last` (included) relative to `position`, those before the episode's start black."""
         offset = np.arange(first, last + 1)
-        frames = np.take(self.frames, (position[:, None] + offset) % self.slots, axis=0)
-        before_start = -offset > self.age[position % self.slots, None]
+        screens = np.take(self.screens, (position[:, None] + offset) % self.slots, axis=0)
+        before_start = -offset > self.steps["age"][position % self.slots, None]
         if before_start.any():
-            frames[before_start] = 0
-        return self._to_device(frames)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU still computes
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+            screens[before_start] = 0
+        return torch.from_numpy(screens).to(self.device)
 
     def newest_obs(self) -> torch.Tensor:
         """The observation that the newest screen completes: uint8 (1, 4, 84, 84)."""
@@ -392,42 +320,26 @@ class ReplayMemory:
         """
         oldest = self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
         position = self.rng.integers(oldest, self.count - 1, batch_size)
-        while not (drawable := self.acted[position % self.slots]).all():
+        while not (drawable := self.steps["acted"][position % self.slots]).all():
             position[~drawable] = self.rng.integers(oldest, self.count - 1, (~drawable).sum())
-        slot = position % self.slots
-        frames = self._stack(position, 1 - STACK, 1)
-        return (
-            frames[:, :-1],
-            self._to_device(self.action[slot].astype(np.int64)),
-            self._to_device(self.reward[slot]),
-            frames[:, 1:],
-            self._to_device(self.terminated[slot].astype(np.float32)),
-        )
+        steps, screens = self.steps[position % self.slots], self._stack(position, 1 - STACK, 1)
+        dtypes = {"action": np.int64, "reward": np.float32, "terminated": np.float32}
+        action, reward, terminated = (torch.from_numpy(steps[n].astype(t)).to(self.device) for n, t in dtypes.items())
+        return screens[:, :-1], action, reward, screens[:, 1:], terminated
 
     def state_dict(self) -> dict:
-        """All but the screens, which must be in the file; those are written through to the disk."""
-        self.file.flush()
-        used = min(self.count, self.slots)
-        beside = {name: torch.from_numpy(getattr(self, name)[:used].copy()) for name in self.BESIDE_SCREENS}
-        return {"count": self.count, "bytes": self.file.nbytes, **beside}
+        return {"count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
-        for name in self.BESIDE_SCREENS:
-            getattr(self, name)[: len(state[name])] = state[name].numpy()
 
 
-# --- The update -------------------------------------------------------------------------------------------------------
-
-
-def td_targets(
-    reward: torch.Tensor, terminated: torch.Tensor, next_q_values: torch.Tensor, gamma: float
-) -> torch.Tensor:
+def td_targets(reward: torch.Tensor, terminated: torch.Tensor, next_q: torch.Tensor, gamma: float) -> torch.Tensor:
     """y = r + gamma max_a' Q-(s', a'), but y = r at a terminal state: float32 (batch,).
 
-    reward and terminated: float32 (batch,); next_q_values: (batch, actions) of the target network.
+    reward and terminated: float32 (batch,); next_q: (batch, actions) of the target network.
     """
-    return reward + gamma * (1 - terminated) * next_q_values.max(dim=1).values
+    return reward + gamma * (1 - terminated) * next_q.max(dim=1).values
 
 
 def td_loss(q_value: torch.Tensor, td_target: torch.Tensor, loss: str) -> torch.Tensor:
@@ -444,7 +356,7 @@ class RMSprop(torch.optim.Optimizer):
     PyTorch's centred one adds eps outside the root, where rounding can leave v - m^2 negative.
     """
 
-    def __init__(self, weights: list[torch.Tensor], lr: float, eps: float, decay: float = 0.95):
+    def __init__(self, weights: Iterable[torch.Tensor], lr: float, eps: float, decay: float = 0.95):
         super().__init__(weights, {"lr": lr, "eps": eps, "decay": decay})
 
     @torch.no_grad()
@@ -459,306 +371,41 @@ class RMSprop(torch.optim.Optimizer):
                 weight.addcdiv_(grad, (v - m**2 + group["eps"]).sqrt_(), value=-group["lr"])
 
 
-def gradient_step(
-    loss: torch.Tensor, q_network: nn.Module, weights: list[torch.Tensor], optimizer: torch.optim.Optimizer
-) -> None:
-    """One optimizer step on the float32 `weights`, of which the network's parameters are copies in their precision."""
-    q_network.zero_grad()
-    loss.backward()
-    for weight, parameter in zip(weights, q_network.parameters(), strict=True):
-        weight.grad = parameter.grad.float()
-    optimizer.step()
-    for weight, parameter in zip(weights, q_network.parameters(), strict=True):
-        parameter.data.copy_(weight)
-
-
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
     """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 
-# --- Checkpoint and evaluation ----------------------------------------------------------------------------------------
-
-
-def save(path: Path, content: dict) -> None:
-    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        if path.suffix == ".json":
-            file.write((json.dumps(content, indent=2) + "\n").encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name too must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def load(path: Path, flag: str, kind: str) -> dict:
-    """Reads a "model" or "checkpoint" that `save` wrote, tensors and plain types only; all else ends the program."""
-    if not path.is_file():
-        fail(f"{flag}: there is no file {path}")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
-        fail(f"{flag}: {path} is damaged or not written by {SCRIPT}.py ({type(error).__name__})")
-    if not isinstance(content, dict) or (content.get("script"), content.get("kind")) != (SCRIPT, kind):
-        fail(f"{flag}: {path} is no {kind} of {SCRIPT}.py")
-    return content
-
-
-def lock(run_dir: Path) -> None:
-    """Ends the program if another process trains in this folder; the lock goes with the process."""
-    if fcntl:
-        try:
-            fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"--run-name {run_dir.name}: another process is training in {run_dir}")
-
-
-def evaluate(args: Args, q_network: QNetwork, video_dir: Path) -> list[float]:
-    """Unclipped scores of whole games under the paper's protocol: random no-ops at the start, epsilon 0.05."""
-    rng = np.random.default_rng(args.seed)
-    env = make_eval_env(args, rng, video_dir)
-    device = next(q_network.parameters()).device
-    returns = []
-    for episode in range(args.eval_episodes):
-        frame, _ = env.reset(seed=args.seed if episode == 0 else None)
-        obs = np.zeros((1, STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
-        episodic_return, terminated, truncated = 0.0, False, False
-        while not (terminated or truncated):
-            obs = np.concatenate([obs[:, 1:], frame[None, None]], axis=1)
-            if rng.random() < EVAL_EPSILON:
-                action = int(rng.integers(env.action_space.n))
-            else:
-                action = greedy_action(q_network, torch.from_numpy(obs).to(device))
-            frame, reward, terminated, truncated, _ = env.step(action)
-            episodic_return += float(reward)
-        returns.append(episodic_return)
-        print(f"evaluation game {episode + 1}/{args.eval_episodes}: {episodic_return:g}")
-    env.close()
-    return returns
-
-
-def load_checkpoint(args: Args) -> dict | None:
-    """The checkpoint that --resume goes on from, None where there is none; ends the program where it does not fit."""
-    run_dir = args.runs_dir / args.run_name
-    if not (args.resume and (run_dir / "checkpoint.pt").exists()):
-        return None
-    checkpoint = load(run_dir / "checkpoint.pt", "--resume", "checkpoint")
-    check_same_flags(args, checkpoint["args"])
-    return checkpoint
-
-
-def check_same_flags(args: Args, started: dict) -> None:
-    """Ends the program where a run goes on with other flags than it was started with."""
-    may_differ = {"resume", "runs_dir", "run_name", "device", "eval_episodes", "evaluate", "capture_video", "track"}
-    for name, value in plain(args).items():
-        if value != started.get(name) and name not in may_differ and not name.startswith("wandb"):
-            run_dir = args.runs_dir / args.run_name
-            reject(args, name, f"{run_dir} was started with {started.get(name)}; give the same flags")
-
-
-def check_replay_file(args: Args, checkpoint: dict | None) -> None:
-    """Ends the program where the file that a checkpoint refers to is gone."""
-    replay = args.runs_dir / args.run_name / REPLAY_FILE
-    if checkpoint and (not replay.exists() or replay.stat().st_size != checkpoint["memory"]["bytes"]):
-        fail(f"--resume: {replay} is missing or of another size; without it the run can only start anew")
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def choose_device(args: Args) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision of the network's arithmetic that --device and --precision ask for."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.precision != "auto":
-        return torch.device(name), getattr(torch, args.precision)
-    cpu = torch.cpu.get_capabilities()
-    native = name == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return torch.device(name), torch.bfloat16 if native else torch.float32
-
-
-def make_optimizer(args: Args, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
-    if args.optimizer == "adam":
-        return torch.optim.Adam(weights, lr=args.learning_rate, eps=args.optimizer_eps, fused=True)
-    return RMSprop(weights, lr=args.learning_rate, eps=args.optimizer_eps)
-
-
-def replay_size(args: Args) -> tuple[int, int]:
-    """Screens that the replay memory draws from, and spare places for those that come between two checkpoints.
-
-    The spare places are a tenth more than checkpoints are apart, for the games that end, but no more than a 32nd of the
-    memory; when they are used up a checkpoint comes early.
-    """
-    capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
-    if args.checkpoint_frequency == 0:
-        return capacity, 0
-    return capacity, min(11 * args.checkpoint_frequency // 10, max(capacity // 32, 1000)) + 2
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come."""
-
-    global_step: int = 0
-    episodic_return: float = 0.0
-    episodic_length: int = 0
-    recent_returns: list[float] = dataclasses.field(default_factory=list)  # of the last 100 episodes, unclipped
-    wall_seconds: float = 0.0
-    update_steps: int = 0  # steps since the first update, and the seconds they took
-    update_seconds: float = 0.0
-
-
-class Clock:
-    """Keeps the time in a run's progress, and shows both: a bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, progress: Progress, start_time: float):
-        self.progress, self.start_time = progress, start_time
-        self.wall_seconds_before = progress.wall_seconds
-        self.last_time, self.last_step, self.last_shown = time.perf_counter(), progress.global_step, -math.inf
-        self.sps = 0.0
-
-    def tick(self, learning_starts: int) -> None:
-        """Updates the steps per second since the last tick, and the totals."""
-        now, step = time.perf_counter(), self.progress.global_step
-        steps, seconds = step - self.last_step, now - self.last_time
-        self.sps = steps / seconds
-        if self.last_step >= learning_starts:
-            self.progress.update_steps += steps
-            self.progress.update_seconds += seconds
-        self.progress.wall_seconds = self.wall_seconds_before + now - self.start_time
-        self.last_time, self.last_step = now, step
-
-    def show(self, total: int) -> None:
-        terminal, step, returns = sys.stdout.isatty(), self.progress.global_step, self.progress.recent_returns
-        if self.last_time - self.last_shown < (1 if terminal else 60) and step < total:
-            return
-        self.last_shown = self.last_time
-        hours, minutes = divmod(int((total - step) / self.sps / 60), 60)
-        score = f"{np.mean(returns):.1f}" if returns else "-"
-        line = f"step {step:,}/{total:,}  return {score}  {self.sps:.0f} steps/s  {hours}:{minutes:02} h left"
-        if terminal:
-            filled = 24 * step // total
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\033[K", end="" if step < total else "\n", flush=True)
-        else:
-            print(line, flush=True)
-
-
-def log_hyperparameters(writer: SummaryWriter, args: Args) -> None:
-    """As a text, and for the HPARAMS tab beside the curve of returns."""
-    values = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(args).items()}
-    table = "\n".join(f"|{name}|{value}|" for name, value in values.items())
-    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + table)
-    for summary in hparams(values, {"charts/episodic_return": 0.0}):
-        writer.file_writer.add_summary(summary)
-
-
-def train(args: Args) -> None:
-    """Trains as the listing above says; leaves curves, weights and a result in the run's folder.
-
-    Raises KeyboardInterrupt, with a checkpoint written, when SIGINT or SIGTERM asks to stop.
-    """
-    start_time = time.perf_counter()
-    device, dtype = choose_device(args)
-    args = dataclasses.replace(args, precision=str(dtype).removeprefix("torch."))
-    run_dir = args.runs_dir / args.run_name
-    checkpoint = load_checkpoint(args)
-    check_replay_file(args, checkpoint)
-    torch.backends.cudnn.deterministic = True
-    torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    env = make_env(args, rng)
-    n_actions = int(env.action_space.n)
-    run_dir.mkdir(parents=True, exist_ok=args.resume)
-    lock(run_dir)
-    if not checkpoint:
-        (run_dir / REPLAY_FILE).unlink(missing_ok=True)
-        save(run_dir / "args.json", plain(args))
-    if args.track:
-        start_tracking(args)
-    # A killed run repeats what came after its checkpoint: TensorBoard forgets the first version from purge_step on.
-    writer = SummaryWriter(run_dir, purge_step=checkpoint["progress"]["global_step"] + 1 if checkpoint else 0)
-
+def train(args: Args, run: Run) -> dict[str, QNetwork]:
+    """Trains as the listing above says; returns Q."""
+    rng, device = run.rng, run.device
+    env = make_atari(args, rng)
     # 1: initialise replay memory D to capacity N
-    path = run_dir / REPLAY_FILE if args.checkpoint_frequency else None
-    memory = ReplayMemory(*replay_size(args), rng, device, path)
+    capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
+    slots = capacity + 2 * min(args.checkpoint_frequency, args.total_timesteps)  # a step stores one screen or two
+    screens = run.map_file("screens", np.uint8, (slots, FRAME_SIZE, FRAME_SIZE))
+    memory = FrameMemory(capacity, screens, run.map_file("steps", FrameMemory.STEP, (slots,)), rng, device)
     # 2: initialise action-value network Q with random weights
-    q_network = QNetwork(n_actions).to(device)
-    weights = [parameter.detach().clone() for parameter in q_network.parameters()]
-    q_network.features.to(dtype)
-    optimizer = make_optimizer(args, weights)
+    q_network = QNetwork(int(env.action_space.n)).to(device)
+    make_optimizer = functools.partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else RMSprop
+    optimizer = make_optimizer(q_network.parameters(), lr=args.learning_rate, eps=args.optimizer_eps)
     # 3: initialise target network Q- with the weights of Q
     target_network = copy.deepcopy(q_network).requires_grad_(False)
 
-    def snapshot() -> dict:
-        return {
-            "script": SCRIPT,
-            "kind": "checkpoint",
-            "args": plain(args),
-            "progress": dataclasses.asdict(progress),
-            "weights": weights,
-            "target_network": target_network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "memory": memory.state_dict(),
-            "env": env.get_state(),
-            "rng": rng.bit_generator.state,
-        }
+    if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
+        memory.push(env.reset(seed=args.seed)[0])
 
-    if checkpoint:
-        progress = Progress(**checkpoint["progress"])
-        for weight, parameter, saved in zip(weights, q_network.parameters(), checkpoint["weights"], strict=True):
-            weight.copy_(saved)
-            parameter.data.copy_(saved)
-        target_network.load_state_dict(checkpoint["target_network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        memory.load_state_dict(checkpoint["memory"])
-        env.set_state(checkpoint["env"])
-        rng.bit_generator.state = checkpoint["rng"]
-    else:
-        progress = Progress()
-        log_hyperparameters(writer, args)
-        frame, _ = env.reset(seed=args.seed)
-        memory.begin_episode(frame)
-    clock = Clock(progress, start_time)
-    checkpoint_count = memory.count
-    loss = q_value = None
-    stop_signals = []
-
-    def request_stop(signum: int, _: object) -> None:
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the program at once
-
-    previous_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    for step in range(progress.global_step + 1, args.total_timesteps + 1):  # 4: for each step t
+    for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: with probability epsilon a random action, else the one of the highest value
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
-        if rng.random() < epsilon:
-            action = int(rng.integers(n_actions))
-        else:
-            action = greedy_action(q_network, memory.newest_obs())
-
+        action = int(rng.integers(env.action_space.n)) if rng.random() < epsilon else q_network.act(memory.newest_obs())
         # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
-        frame, reward, terminated, truncated, info = env.step(action)
-        memory.append(action, np.sign(reward), terminated or info["life_lost"], frame)
-        progress.global_step = step
-        progress.episodic_return += float(reward)
-        progress.episodic_length += 1
+        screen, reward, terminated, truncated, info = env.step(action)
+        memory.append(action, np.sign(reward), terminated or info["life_lost"], screen)
+        run.count_reward(reward, terminated or truncated)
+        run.log({"charts/epsilon": epsilon})
         if terminated or truncated:
-            progress.recent_returns = [*progress.recent_returns, progress.episodic_return][-100:]
-            writer.add_scalar("charts/episodic_return", progress.episodic_return, step)
-            writer.add_scalar("charts/episodic_length", progress.episodic_length, step)
-            progress.episodic_return, progress.episodic_length = 0.0, 0
-            frame, _ = env.reset()
-            memory.begin_episode(frame)
+            memory.push(env.reset()[0])
 
         if step >= args.learning_starts and step % args.train_frequency == 0:
             # 8: sample a minibatch
@@ -769,221 +416,320 @@ def train(args: Args) -> None:
             # 10: one gradient step
             q_value = q_network(obs).gather(1, actions[:, None]).squeeze(1)
             loss = td_loss(q_value, td_target, args.loss)
-            gradient_step(loss, q_network, weights, optimizer)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log({"losses/td_loss": loss, "losses/q_values": q_value.mean()})
 
         # 11: every C steps Q- = Q
         if step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
 
-        # The rest keeps the books.
-        stopping, last = bool(stop_signals), step == args.total_timesteps
-        room = memory.slots - memory.capacity - (memory.count - checkpoint_count)
-        save_now = args.checkpoint_frequency > 0 and (
-            step % args.checkpoint_frequency == 0 or room < 2 or stopping or last
-        )
-        if step % LOG_FREQUENCY == 0 or save_now or last:
-            if loss is not None and not (loss.isfinite() and all(weight.isfinite().all() for weight in weights)):
-                writer.close()
-                fail(f"the loss is {loss.item()} by step {step:,}; try a lower --learning-rate")
-            clock.tick(args.learning_starts)
-            if step % LOG_FREQUENCY == 0 and loss is not None:
-                writer.add_scalar("losses/td_loss", loss.item(), step)
-                writer.add_scalar("losses/q_values", q_value.mean().item(), step)
-                writer.add_scalar("charts/epsilon", epsilon, step)
-                writer.add_scalar("charts/SPS", clock.sps, step)
-            clock.show(args.total_timesteps)
-        if save_now:
-            writer.flush()
-            save(run_dir / "checkpoint.pt", snapshot())
-            checkpoint_count = memory.count
-        if stopping:
-            break
-
-    for signum, handler in previous_handlers.items():
-        signal.signal(signum, handler)
-    if stop_signals:
-        writer.close()
-        raise KeyboardInterrupt
-
-    model = {name: weight for (name, _), weight in zip(q_network.named_parameters(), weights, strict=True)}
-    content = {"script": SCRIPT, "kind": "model", "args": plain(args), "n_actions": n_actions, "weights": model}
-    save(run_dir / "model.pt", content)
-    returns = evaluate(args, q_network, run_dir / "videos")
-    if returns:
-        writer.add_scalar("eval/episodic_return", np.mean(returns), args.total_timesteps)
-    writer.close()
-    save(
-        run_dir / "result.json",
-        {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "seed": args.seed,
-            "total_timesteps": args.total_timesteps,
-            "train_return_mean": float(np.mean(progress.recent_returns)) if progress.recent_returns else None,
-            "eval_return_mean": float(np.mean(returns)) if returns else None,
-            "eval_return_std": float(np.std(returns)) if returns else None,
-            "eval_episodes": args.eval_episodes,
-            "steps_per_second": progress.update_steps / progress.update_seconds if progress.update_steps else None,
-            "wall_seconds": clock.wall_seconds_before + time.perf_counter() - start_time,
-            "device": device.type,
-            "precision": args.precision,
-            "torch_threads": torch.get_num_threads(),
-            "versions": {module.__name__: module.__version__ for module in (torch, np, gym, ale_py)}
-            | {"python": platform.python_version()},
-        },
-    )
-    (run_dir / REPLAY_FILE).unlink(missing_ok=True)
-    if returns:
-        print(f"{run_dir}: mean score {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+    env.close()
+    return {"q_network": q_network}
 
 
-def start_tracking(args: Args) -> None:
-    import wandb
-
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        id=args.run_name,
-        resume="allow",
-        config=plain(args),
-        dir=args.runs_dir / args.run_name,
-        sync_tensorboard=True,
-    )
-
-
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-def reject(args: Args, name: str, reason: str) -> NoReturn:
-    fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
-
-
-def check_args(args: Args) -> None:
-    """Ends the program with one line where a flag cannot work, whether it trains or evaluates."""
-    choices = {
-        "device": ("auto", "cpu", "cuda", "mps"),
-        "precision": ("auto", "float32", "bfloat16"),
-        "optimizer": ("adam", "rmsprop"),
-        "loss": ("mse", "huber"),
-    }
-    counts = ("total_timesteps", "buffer_size", "batch_size", "learning_starts", "train_frequency")
-    for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            reject(args, name, f"choose one of {', '.join(allowed)}")
-    for name in (*counts, "target_network_frequency", "learning_rate", "optimizer_eps"):
-        if not 0 < getattr(args, name) < math.inf:
-            reject(args, name, "must be greater than 0")
-    for name in ("seed", "checkpoint_frequency", "eval_episodes"):
-        if not 0 <= getattr(args, name) < 2**63:
-            reject(args, name, "must not be negative, nor 2^63 or more")
-    for name in ("gamma", "start_e", "end_e", "exploration_fraction", "sticky_actions"):
-        if not 0 <= getattr(args, name) <= 1:
-            reject(args, name, "must lie in [0, 1]")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        reject(args, "device", "PyTorch finds no such device here; use --device cpu")
-    spec = gym.registry.get(args.env_id)
-    if spec is None:
-        games = [name for name in gym.registry if name.startswith("ALE/")]
-        near = difflib.get_close_matches(args.env_id, games, n=3, cutoff=0.4)
-        reject(args, "env_id", "no such game" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    if spec.entry_point != "ale_py.env:AtariEnv":
-        reject(args, "env_id", "not an Atari game; this script plays ids such as ALE/Pong-v5")
-
-
-def check_training(args: Args) -> None:
-    """Ends the program with one line where the algorithm cannot run; creates nothing."""
-    if args.buffer_size < args.batch_size + STACK + 1:
-        reject(args, "buffer_size", f"must hold a batch and its stacks, {args.batch_size + STACK + 1} or more")
-    check_replay(args, replay_bytes=sum(replay_size(args)) * FRAME_SIZE**2)
-
-
-def check_run(args: Args) -> None:
-    """Ends the program with one line where the run's folder cannot be; creates nothing."""
-    run_dir = args.runs_dir / args.run_name
-    if Path(args.run_name).name != args.run_name or args.run_name == "..":
-        reject(args, "run_name", f"must be a plain name, for a folder in --runs-dir {args.runs_dir}")
-    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        reject(args, "runs_dir", f"{folder} is no folder that can be written to")
-    if run_dir.exists() and not args.resume:
-        reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
-    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
-        fail("--track: Weights & Biases is not installed; pip install wandb")
-
-
-def check_replay(args: Args, replay_bytes: float) -> None:
-    """Ends the program with one line where learning cannot start, or `replay_bytes` have no room."""
-    if args.buffer_size < args.batch_size:
-        reject(args, "buffer_size", f"must hold a batch, {args.batch_size} or more")
-    if args.learning_starts < args.batch_size:
-        reject(args, "learning_starts", f"must not be under --batch-size {args.batch_size}")
-    if args.learning_starts > args.total_timesteps:
-        reject(args, "learning_starts", f"must not exceed --total-timesteps {args.total_timesteps}")
-    run_dir = args.runs_dir / args.run_name
-    if args.checkpoint_frequency:  # the replay memory is a file
-        folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-        replay = run_dir / REPLAY_FILE
-        there = replay.stat().st_blocks * 512 if replay.exists() else 0
-        needed = replay_bytes + 200e6  # with the checkpoint, its successor and the curves
-        where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free + there
-    else:
-        needed, where, free = replay_bytes, "of memory", available_memory()
-    if needed > free:
-        fitting = max(0, int(args.buffer_size * free * 0.9 / needed))
-        have = f"{free / 1e9:.1f} GB {where} are free"
-        reject(args, "buffer_size", f"needs {needed / 1e9:.1f} GB, and {have}; --buffer-size {fitting} would fit")
-
-
-def available_memory() -> float:
-    """Bytes that a process may still take, where the system tells (Linux); else infinity."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return math.inf
-    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-
-
-def evaluate_model(args: Args) -> None:
-    """Plays with the weights of a model.pt, in the game that it was trained on."""
-    content = load(args.evaluate, "--evaluate", "model")
-    # Parsed again, the game and its stickiness default to those of the training.
-    trained = Args(**{name: content["args"][name] for name in ("env_id", "sticky_actions")})
-    args = tyro.cli(Args, default=trained)
-    if args.env_id != trained.env_id:
-        reject(args, "env_id", f"{args.evaluate} was trained on {trained.env_id}")
+def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
+    """Unclipped scores of games from random no-ops, with epsilon 0.05; videos go to a new folder in `folder`."""
     if args.eval_episodes == 0:
-        reject(args, "eval_episodes", "must be greater than 0 with --evaluate")
-    device, dtype = choose_device(args)
-    q_network = QNetwork(content["n_actions"])
-    q_network.load_state_dict(content["weights"])
-    q_network.to(device).features.to(dtype)
-    returns = evaluate(args, q_network, args.evaluate.parent / "videos")
-    print(f"{args.env_id}: mean score {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+        return {}
+    rng = np.random.default_rng(args.seed + EVAL_SEED)
+    video_dir = folder / f"videos-{time.time():.6f}" if folder and args.capture_video else None
+    env = make_atari(args, rng, video_dir, max_num_frames_per_episode=EVAL_MAX_FRAMES)
+    q_network = QNetwork(int(env.action_space.n)).to(device)
+    q_network.load_state_dict(model["q_network"])
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        screen, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
+        obs, done = np.zeros((1, STACK, FRAME_SIZE, FRAME_SIZE), np.uint8), False
+        while not done:
+            obs = np.concatenate([obs[:, 1:], screen[None, None]], axis=1)
+            random = rng.random() < EVAL_EPSILON
+            action = rng.integers(env.action_space.n) if random else q_network.act(torch.from_numpy(obs).to(device))
+            screen, reward, terminated, truncated, _ = env.step(int(action))
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+
+
+def check(args: Args) -> str:
+    """Refuses what only this script can refuse; returns the name of what it trains on."""
+    if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
+        games = [name for name in gym.registry if name.startswith("ALE/")]
+        near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]
+        fail(f"--env-id {args.env_id}: no Atari game of this name; did you mean {', '.join(near)}?")
+    least = args.batch_size + STACK + 1
+    if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < least:
+        order = f"--batch-size <= --learning-starts <= --total-timesteps, and --buffer-size >= {least}"
+        fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")
+    return args.env_id
+
+
+# === The run: the same in every script ================================================================================
+
+SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
+
+
+def number(kind: type, low: float, high: float, words: str) -> PrimitiveConstructorSpec:
+    """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
+
+    def parse(given: list[str]) -> float:
+        if not low <= kind(given[0]) <= high:  # nan is refused too
+            raise ValueError(f"{given[0]} is not {words}")
+        return kind(given[0])
+
+    return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
+
+
+Count = Annotated[int, number(int, 1, 2**62, "INT >= 1")]
+Natural = Annotated[int, number(int, 0, 2**62, "INT >= 0")]
+Positive = Annotated[float, number(float, 5e-324, 1e300, "FLOAT > 0")]
+NonNegative = Annotated[float, number(float, 0, 1e300, "FLOAT >= 0")]
+Fraction = Annotated[float, number(float, 0, 1, "FLOAT from 0 to 1")]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
+    """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
+    now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    for name, value in now.items():
+        if name not in free and value != started.get(name):
+            why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
+            fail(f"--{name.replace('_', '-')} {value}: {path} was started with {started.get(name)}{why}")
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
+        file.write(as_json) if as_json else torch.save(content, file)
+        file.flush()
+        os.fsync(file)
+    os.replace(file.name, path)
+
+
+def load(path: Path, kind: str) -> dict:
+    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+    except Exception as error:  # a dozen types on damaged or foreign files
+        fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
+
+
+class Run:
+    """A training's folder, curves and checkpoints, its random generator and its device.
+
+    From its checkpoint a run ends with the weights and curves, to the bit, of one that was never interrupted.
+    """
+
+    def __init__(self, args: Args, subject: str):
+        self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
+        self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+        self.progress = {"step": 0, "return": 0.0, "length": 0, "returns": [], "first_update": None}
+        default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
+        name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
+        self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
+        self.evaluating = self.stopping = False
+        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+            fail(
+                f"--run-name {name}: must be a plain and new name in {args.runs_dir}; --resume goes on with an old one"
+            )
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        self.made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
+        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl = importlib.import_module("fcntl")  # Windows has none
+            fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other than this one is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                fail(f"--run-name {name}: another process is training in {self.dir}")
+        if (self.dir / "args.json").exists():
+            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        if (self.dir / "result.json").exists():
+            raise SystemExit(print(f"{self.dir} is finished: see its result.json"))
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
+
+    def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
+        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
+        except (OSError, OverflowError, ValueError) as error:
+            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
+
+    def restore(self, **parts: object) -> bool:
+        """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
+        self.parts, self.made, flags, state = parts, [], vars(self.args), self.checkpoint or {"events": {}}
+        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
+            os.truncate(path, state["events"].get(path.name, 0))
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.progress, self.start = state["progress"], self.start - state["seconds"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        else:
+            save(self.dir / "args.json", flags)
+        if self.wandb:
+            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
+            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
+        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        if not self.checkpoint:
+            self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.stop)
+        return self.checkpoint is not None
+
+    def stop(self, signum: int, _: object) -> None:
+        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
+        signal.signal(signum, signal.SIG_DFL)
+        self.stopping = True
+        if self.evaluating:
+            raise KeyboardInterrupt
+
+    def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
+        """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
+
+        The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
+        """
+        args, progress, self.size = self.args, self.progress, size
+        line = {"mininterval": 60, "bar_format": "{n_fmt} of {total_fmt}, {rate_fmt}{postfix}\n"}
+        line = {} if sys.stdout.isatty() else line
+        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+            while progress["step"] < total:
+                if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
+                    self.evaluate(model, None)
+                progress["step"] += size
+                yield progress["step"]
+                self.bar.update(size)
+                self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
+                last = self.stopping or progress["step"] >= total
+                if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
+                    self.save_checkpoint()
+                if self.stopping:
+                    raise KeyboardInterrupt
+
+    def due(self, frequency: int) -> bool:
+        """Whether this step is one of every so many."""
+        return frequency > 0 and self.progress["step"] % frequency < self.size
+
+    def count_reward(self, reward: float, done: bool) -> None:
+        """Adds a step to its episode; where it is done, its return and length are logged."""
+        progress = self.progress
+        progress |= {"return": progress["return"] + reward, "length": progress["length"] + 1}
+        if done:
+            self.writer.add_scalar("charts/episodic_return", progress["return"], progress["step"])
+            self.writer.add_scalar("charts/episodic_length", progress["length"], progress["step"])
+            progress |= {"returns": [*progress["returns"], progress["return"]][-100:], "return": 0.0, "length": 0}
+            self.bar.set_postfix_str(f"return {np.mean(progress['returns']):.6g}", refresh=False)
+
+    def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
+        """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
+        if self.progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            self.progress["first_update"] = self.progress["step"], time.time() - self.start
+        for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
+            if not math.isfinite(value := float(torch.as_tensor(value).detach())):
+                fail(f"{tag} is {value:g} in step {self.progress['step']:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, self.progress["step"])
+
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        self.writer.flush()
+        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+            with open(path) as file:
+                os.fsync(file)
+        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
+        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save(self.dir / "checkpoint.pt", state)
+
+    def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
+        """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
+        self.evaluating = True
+        with torch.random.fork_rng(devices=[]):
+            states = {name: part.state_dict() for name, part in model.items()}
+            figures = evaluate(self.args, states, self.device, folder)
+        self.evaluating = False
+        for name, value in figures.items():
+            self.writer.add_scalar(f"eval/{name.removeprefix('eval_')}", value, self.progress["step"])
+        return figures
+
+    def finish(self, model: dict[str, object]) -> dict[str, float]:
+        """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in FREE}
+        states = {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model", "args": flags} | states)
+        progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
+        rate = (progress["step"] - step) / (time.time() - self.start - second)
+        figures = self.evaluate(model, self.dir)
+        self.writer.close()
+        modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
+        result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
+        result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
+        result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
+        result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
+        save(self.dir / "result.json", result)
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+        return figures
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    check_args(args)
-    if args.evaluate:
-        return evaluate_model(args)
-    if args.resume and not args.run_name:
-        fail("--resume: give the --run-name of the run to go on with")
-    if not args.run_name:
-        args.run_name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = args.runs_dir / args.run_name
-    if args.resume and (run_dir / "result.json").exists():
-        (run_dir / REPLAY_FILE).unlink(missing_ok=True)
-        return print(f"{run_dir} is finished: see its result.json")
-    check_run(args)
-    check_training(args)
+    args, run = tyro.cli(Args, description=__doc__), None
     try:
-        train(args)
+        if args.evaluate:
+            content = load(args.evaluate, "model")
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
+            check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
+            check(args)
+            device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+            figures = evaluate(args, content, device, args.evaluate.parent)
+        else:
+            run = Run(args, check(args))
+            figures = run.finish(train(args, run))
+        words = [f"{name} {value:.6g}" for name, value in figures.items()]
+        print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except KeyboardInterrupt:
-        flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-        if "--run-name" not in flags:
-            flags += ["--run-name", args.run_name]
-        command = f"python {shlex.join([sys.argv[0], *flags, '--resume'])}"
-        print(f"\nstopped; go on with: {command}" if args.checkpoint_frequency else "\nstopped, without a checkpoint")
+        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
+        words = sys.argv if args.resume else words
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        fail(f"{error}; pip install it, or, for what pip does not have, use Linux or macOS")
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+    finally:
+        for folder in run.made if run else ():  # its training did not begin
+            for path in folder.glob("replay.*"):
+                path.unlink()
+            folder.rmdir()
 
 
 if __name__ == "__main__":

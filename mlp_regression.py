@@ -22,8 +22,8 @@ The parametric functions f(x; w) and how they learn. The numbers stand again bel
     13      keep w if the loss on the validation examples is the best so far
 
 An MLP with one hidden layer approximates every continuous function on a bounded region, given enough units (Cybenko
-1989, Hornik et al. 1989). `--units 1 2 3 5 10 30` shows it. That good weights exist does not mean that descent finds
-them: from usual starts three sigmoids do not find the sine. `--restarts` and `--init-scale` do.
+1989, Hornik et al. 1989). That good weights exist does not mean that descent finds them: from usual starts three
+sigmoids do not find the sine. `--restarts` and `--init-scale` do.
 """
 
 # /// script
@@ -34,28 +34,33 @@ them: from usual starts three sigmoids do not find the sine. `--restarts` and `-
 #     "pandas==3.1.1",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
+#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
 
+from __future__ import annotations
+
 import copy
+import csv
 import dataclasses
-import difflib
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -65,16 +70,13 @@ import tyro
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-
-try:
-    import fcntl
-except ImportError:  # Windows: runs are not locked
-    fcntl = None
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
 warnings.filterwarnings("ignore", "Glyph")  # of columns' names in scripts that the pictures' font lacks
-SCRIPT = Path(__file__).stem
+LOG_FREQUENCY = 1  # epochs between two records of losses
 MAX_CATEGORIES = 50  # of a column; rarer ones share the code of all zeros
+MAX_NUMBER = 1e100  # squares of larger ones overflow
 PARTS = {"training": 0.7, "validation": 0.1, "test": 0.2}  # of the rows
 DATASETS = {  # number of inputs, each uniform in [-1, 1], and the function
     "sine": (1, lambda x: np.sin(2 * np.pi * x[:, 0])),
@@ -86,165 +88,142 @@ DATASETS = {  # number of inputs, each uniform in [-1, 1], and the function
 
 @dataclasses.dataclass
 class Args:
-    # The run
-    seed: int = 1
-    """seed of the weights, the split, the order of the examples, and the built-in data"""
-    epochs: int | None = None
-    """passes over the training examples, at most; with lbfgs 20 iterations each. Default: 25 with lbfgs, else 1000"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps; auto takes cuda or mps where there is one"""
-    runs_dir: Path = Path("runs")
-    """folder that holds the runs"""
-    run_name: str = ""
-    """name of this run's folder in the runs' folder; default DATA__SCRIPT__SEED__TIMESTAMP"""
-    resume: bool = False
-    """go on from the checkpoint of --run-name; start the run where there is none"""
-    checkpoint_frequency: int = 100
-    """epochs between two checkpoints; 0 switches them off"""
-    evaluate: Path | None = None
-    """a model.pt to evaluate, instead of training; with --data, its predictions go to a CSV file"""
-    track: bool = False
-    """also log to Weights & Biases (pip install wandb)"""
-    wandb_project_name: str = "deep-rl-reference-scripts"
-    """project name in Weights & Biases"""
-    wandb_entity: str | None = None
-    """team name in Weights & Biases"""
-
-    # The data
-    dataset: str = "sine"
-    """a known function on [-1, 1] or its square: sine, plane, circle or spiral"""
-    samples: int = 1_000
+    dataset: Literal["sine", "plane", "circle", "spiral"] = "sine"
+    """a known function on [-1, 1] or its square"""
+    samples: Count = 1_000
     """examples of it"""
-    noise: float = 0.0
+    noise: NonNegative = 0.0
     """standard deviation of the noise on its values"""
-    data: Path | None = None
+    data: str = ""
     """a CSV file with a header, instead of --dataset"""
     target: tuple[str, ...] = ()
     """the column (or columns) of --data to predict from all others"""
-
-    # The model
-    model: str = "mlp"
-    """linear, logistic, rbf or mlp"""
-    hidden_sizes: tuple[int, ...] | None = None
+    model: Literal["linear", "logistic", "rbf", "mlp"] = "mlp"
+    """1, 2, 3 or 4 of the listing"""
+    hidden_sizes: tuple[Count, ...] | None = None
     """units in each hidden layer (rbf: one number). Default: 3; with --data 64 64, for rbf 64"""
-    activation: str | None = None
-    """relu, sigmoid or tanh. Default: sigmoid; with --data relu"""
-    init_scale: float | None = None
+    activation: Literal["relu", "sigmoid", "tanh"] | None = None
+    """of an MLP. Default: sigmoid; with --data relu"""
+    init_scale: NonNegative | None = None
     """an MLP's first layer starts with weights of this standard deviation, each unit's midpoint at a random example.
     Default: 8 with lbfgs on a --dataset, else 0: as PyTorch does"""
-
-    # The training
-    optimizer: str | None = None
-    """sgd, adam or lbfgs (all examples at once). Default: lbfgs; with --data adam"""
-    learning_rate: float | None = None
+    optimizer: Literal["sgd", "adam", "lbfgs"] | None = None
+    """lbfgs takes all examples at once. Default: lbfgs; with --data adam"""
+    learning_rate: Positive | None = None
     """step size. Default: 1 with lbfgs, else 0.001"""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """examples in a minibatch. Default: 10 with sgd, 64 with adam; with adam and --data 200, or all if fewer"""
-    patience: int | None = None
+    epochs: Count | None = None
+    """passes over the training examples, at most; with lbfgs 20 iterations each. Default: 25 with lbfgs, else 1000"""
+    patience: Natural | None = None
     """end after this many epochs without a better validation loss; 0: never. Default: 0; with --data 20"""
-    restarts: int | None = None
+    restarts: Count | None = None
     """random starts, of which the best is kept. Default: 20 with lbfgs for rbf and mlp, else 1"""
-    units: tuple[int, ...] = ()
-    """fit once with each of these numbers of hidden units, and plot the largest error against them"""
+
+    # The run
+    seed: Natural = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    device: Literal[DEVICES] = "auto"
+    """auto takes an accelerator where there is one"""
+    runs_dir: Path = Path("runs")
+    """folder that holds the runs"""
+    run_name: str = ""
+    """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
+    resume: bool = False
+    """go on from the checkpoint of --run-name; start the run where there is none"""
+    checkpoint_frequency: Natural = 10_000
+    """steps between two checkpoints; 0: none"""
+    eval_frequency: Natural = 0
+    """steps between two evaluations during the training, in an environment of their own; 0: none"""
+    eval_episodes: Natural = 10
+    """episodes of an evaluation, also of the one after the training; 0: none"""
+    evaluate: Path | None = None
+    """a model.pt to evaluate, instead of training"""
+    capture_video: bool = False
+    """record the episodes of the last evaluation as mp4"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb); WANDB_PROJECT and WANDB_ENTITY say where"""
 
 
 def fill_defaults(args: Args) -> None:
     """Those that depend on the data and on the optimizer."""
-
-    def default(name: str, value: object) -> None:
+    args.optimizer = args.optimizer or ("adam" if args.data else "lbfgs")
+    lbfgs = args.optimizer == "lbfgs"
+    defaults = {
+        "activation": "relu" if args.data else "sigmoid",
+        "hidden_sizes": (3,) if not args.data else (64,) if args.model == "rbf" else (64, 64),
+        "epochs": 25 if lbfgs else 1_000,
+        "learning_rate": 1.0 if lbfgs else 1e-3,
+        "init_scale": 8.0 if lbfgs and not args.data else 0.0,
+        "restarts": 20 if lbfgs and args.model in ("rbf", "mlp") else 1,
+        "patience": 20 if args.data else 0,
+        "batch_size": None if lbfgs else 10 if args.optimizer == "sgd" else 200 if args.data else 64,
+    }
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    default("optimizer", "adam" if args.data else "lbfgs")
-    default("activation", "relu" if args.data else "sigmoid")
-    default("hidden_sizes", (3,) if not args.data else (64,) if args.model == "rbf" else (64, 64))
-    lbfgs = args.optimizer == "lbfgs"
-    default("epochs", 25 if lbfgs else 1_000)
-    default("learning_rate", 1.0 if lbfgs else 1e-3)
-    default("init_scale", 8.0 if lbfgs and not args.data else 0.0)
-    default("restarts", 20 if lbfgs and args.model in ("rbf", "mlp") else 1)
-    default("patience", 20 if args.data else 0)
-    if args.optimizer == "sgd":
-        default("batch_size", 10)
-    elif args.optimizer == "adam" and not args.data:
-        default("batch_size", 64)
 
-
-def plain(args: Args) -> dict:
-    """The flags in types that JSON knows."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def read_table(path: Path, targets: tuple[str, ...], text: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A CSV file with a header, `text` columns unparsed; ends the program where it is none, or has no such targets."""
+def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> pd.DataFrame:
+    """A CSV file with a header that has these columns, `text` unparsed; ends the program where it is none."""
+    header = [""]
     try:
-        options = {"index_col": False, "encoding": "utf-8-sig"}
-        header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options).iloc[0].tolist()
-        options["skip_blank_lines"] = len(header) > 1  # in a single column a missing value is a blank line
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = next(csv.reader(file), [""])
+        options = {"index_col": False, "low_memory": False, "dtype": dict.fromkeys(text, str)}
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text, str), **options)
-    except OSError as error:
-        fail(f"--data {path}: {error.strerror}")
-    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        fail(f"--data {path}: not a CSV file with a header ({str(error).splitlines()[0]})")
-    twice = {name for name in header if header.count(name) > 1}
-    if twice:
-        fail(f"--data {path}: more than one column is called {', '.join(map(repr, sorted(twice)))}")
-    for name in targets:
+            frame = pd.read_csv(path, skip_blank_lines=len(header) > 1, **options)  # in one column they are gaps
+    except (csv.Error, ValueError, pd.errors.ParserWarning) as error:
+        seen = f"its first line is {header[:9]}, and should name the columns of the others, divided by commas"
+        fail(f"--data {path}: not a CSV file with a header: {seen} ({str(error).splitlines()[0]})")
+    for name in header:
+        if header.count(name) > 1:
+            fail(f"--data {path}: more than one column is called {name!r}")
+    for name in columns:
         if name not in frame:
-            lower = {column.lower(): column for column in frame.columns}
-            near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
-            near = near or frame.columns[:5]
-            fail(f"--target {name}: {path} has no such column; did you mean {', '.join(near)}?")
+            fail(f"--data {path}: there is no column {name!r} among {', '.join(map(repr, header[:99]))}")
     return frame
 
 
-def numbers(frame: pd.DataFrame, name: str, flag: str) -> np.ndarray:
-    """A column as float64 (rows,), NaN where it is empty; ends the program where it is no finite number."""
-    column = frame[name]
-    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    wrong = np.isinf(values) | np.isnan(values) & column.notna().to_numpy()
+def numbers(frame: pd.DataFrame, name: str) -> np.ndarray:
+    """A column as float64 (rows,), NaN where it is empty; ends the program where it is no number to compute with."""
+    values = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    wrong = frame[name].notna().to_numpy() & ~(np.abs(values) < MAX_NUMBER)
     if wrong.any():
-        first = column[wrong].head(1)
-        fail(f"{flag}: column {name} has {first.iloc[0]} in row {first.index[0] + 1}, which is no finite number")
+        row = int(wrong.argmax())
+        fail(f"column {name} has {frame[name].iloc[row]} in row {frame.index[row] + 1}: no number, or not a finite one")
     return values
 
 
-def fit_encoding(frame: pd.DataFrame, targets: tuple[str, ...], training: np.ndarray) -> dict:
+def not_numbers(column: pd.Series) -> pd.Series:
+    """What stands in it and is no number."""
+    return column[column.notna() & pd.to_numeric(column, errors="coerce").isna()]
+
+
+def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
     """How columns become numbers, from the training rows alone: means, deviations, medians, categories."""
-    encoding = {"inputs": [], "targets": []}
-    for name in targets:
-        values = numbers(frame, name, "--target")[training]
-        if values.min() == values.max():
-            fail(f"--target {name}: it is {values[0]:g} in every row to train on, there is nothing to learn")
-        encoding["targets"].append({"name": name, "mean": float(values.mean()), "std": float(values.std())})
-    for name in frame.columns.drop(list(targets)):
-        if pd.api.types.is_numeric_dtype(frame[name].dropna().infer_objects()):  # true and false are numbers too
-            values = numbers(frame, name, "--data")[training]
-            missing = np.isnan(values)
-            if missing.all() or (values.min() == values.max() and not missing.any()):
-                continue
-            median = float(np.nanmedian(values))
-            constant = np.nanmin(values) == np.nanmax(values)  # but for the gaps
-            values = np.where(missing, median, values)
-            scale = {"median": median, "mean": float(values.mean()), "std": 1.0 if constant else float(values.std())}
-            encoding["inputs"].append({"name": name, "missing": bool(missing.any()), **scale})
+    encoding = {"inputs": [], "left_out": []}
+    for name in frame.columns:
+        column = frame[name].iloc[training]
+        missing, distinct = bool(column.isna().any()), column.nunique()
+        if name == "Unnamed: 0":
+            encoding["left_out"].append(f"{name} (row numbers, as pandas and R write them)")
+        elif distinct == 0 or (distinct == 1 and not missing):
+            encoding["left_out"].append(f"{name} (constant)")
+        elif not_numbers(frame[name]).empty:
+            values = pd.Series(numbers(frame, name)[training])
+            filled = values.fillna(values.median())
+            scale = {
+                "median": values.median(),
+                "mean": filled.mean(),
+                "std": filled.std(ddof=0) if distinct > 1 else 1.0,
+            }
+            encoding["inputs"].append({"name": name, "missing": missing} | {key: float(scale[key]) for key in scale})
+        elif distinct == column.count() and not missing:
+            encoding["left_out"].append(f"{name} (different in every row)")
         else:
-            known = frame[name].iloc[training]
-            counts, missing = known.value_counts(), bool(known.isna().any())
-            if len(counts) + missing > 1 and (len(counts) < known.count() or missing):
-                categories = [str(category) for category in counts.index[:MAX_CATEGORIES]]
-                column = {"name": name, "missing": missing, "categories": categories, "distinct": len(counts)}
-                encoding["inputs"].append(column)
+            known = [str(category) for category in column.value_counts().index[:MAX_CATEGORIES]]
+            encoding["inputs"].append({"name": name, "missing": missing, "categories": known})
     return encoding
 
 
@@ -252,39 +231,35 @@ def encode(frame: pd.DataFrame, encoding: dict) -> np.ndarray:
     """The inputs as float32 (rows, d): numbers standardised, categories one-hot, and a column for what is missing."""
     columns = []
     for column in encoding["inputs"]:
+        name, missing = column["name"], frame[column["name"]].isna()
         if "categories" in column:
-            text = frame[column["name"]].astype(str).to_numpy()
+            text = frame[name].astype(str).to_numpy()
             columns += [text == category for category in column["categories"]]
-            missing = frame[column["name"]].isna().to_numpy()
         else:
-            values = numbers(frame, column["name"], "--data")
-            missing = np.isnan(values)
-            columns.append((np.where(missing, column["median"], values) - column["mean"]) / column["std"])
-        if column["missing"]:
-            columns.append(missing)
+            columns.append((np.where(missing, column["median"], numbers(frame, name)) - column["mean"]) / column["std"])
+        columns += [missing] * column["missing"]
     return np.stack(columns, axis=1, dtype=np.float32, casting="unsafe")
 
 
-def describe(frame: pd.DataFrame, encoding: dict, dropped: int, sizes: list[int]) -> None:
-    """What became of a table, for the user to check."""
-    print(f"{sum(sizes):,} rows: {', '.join(f'{size:,} {part}' for part, size in zip(PARTS, sizes, strict=True))}")
-    if dropped:
-        print(f"{dropped:,} rows without a target left out")
+def describe(frame: pd.DataFrame, encoding: dict) -> None:
+    """Says what becomes of a table's columns."""
     for column in encoding["inputs"]:
+        name, there, instead = column["name"], frame[column["name"]].dropna(), "a category of its own"
         if "categories" in column:
-            text = frame[column["name"]][pd.to_numeric(frame[column["name"]], errors="coerce").isna()].dropna()
-            almost = (
-                f"; numbers but for {text.iloc[0]} in row {text.index[0] + 1}" if len(text) < len(frame) / 2 else ""
-            )
-            known = f"{len(column['categories'])} of {column['distinct']} categories"
-            print(f"column {column['name']}: one-hot, {known}{almost}")
-        if column["missing"]:
-            instead = "a category of its own" if "categories" in column else f"the median {column['median']:g}, marked"
-            print(f"column {column['name']}: where it is missing, {instead}")
-    used = {column["name"] for column in encoding["inputs"] + encoding["targets"]}
-    for name in frame.columns:
-        if name not in used:
-            print(f"column {name}: constant, or different in every row, left out")
+            text = there.astype(str)
+            others = text[~text.isin(column["categories"])]
+            print(f"column {name}: one-hot, {len(column['categories'])} of {text.nunique()} categories")
+            if len(others):
+                print(f"column {name}: {len(others):,} rows have others, such as {others.iloc[0]}: coded as none")
+            if pd.to_numeric(text.str.replace(r"[,%$€\s]", "", regex=True), errors="coerce").notna().mean() > 0.5:
+                odd = not_numbers(there)
+                print(f"column {name}: most of it looks like numbers, but not {odd.iloc[0]} in row {odd.index[0] + 1}")
+        else:
+            instead = f"the median {column['median']:g}, marked"
+        if len(there) < len(frame):
+            print(f"column {name}: where it is missing, {instead}")
+    for reason in encoding["left_out"]:
+        print(f"column {reason}: left out")
 
 
 def known_function(args: Args, x: np.ndarray) -> np.ndarray:
@@ -292,63 +267,47 @@ def known_function(args: Args, x: np.ndarray) -> np.ndarray:
     return DATASETS[args.dataset][1](x.astype(np.float64)).astype(np.float32)[:, None]
 
 
-def make_data(args: Args) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict]:
+def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict]:
     """Inputs and targets, float32 (rows, d) and (rows, k), of each part of the data; and the encoding of its table."""
     rng = np.random.default_rng(args.seed)
     if args.data:
         frame = read_table(args.data, args.target)
-        targets = np.stack([numbers(frame, name, "--target") for name in args.target], axis=1)
+        targets = np.stack([numbers(frame, name) for name in args.target], axis=1)
         complete = ~np.isnan(targets).any(axis=1)
-        frame, targets = frame[complete], targets[complete]
-        rows = len(frame)
+        frame, targets = frame[complete].drop(columns=list(args.target)), targets[complete]
+        rows, dropped = len(frame), int((~complete).sum())
     else:
-        rows = args.samples
-        d = DATASETS[args.dataset][0]
-        encoding = {"inputs": [{"name": f"x{i + 1}"} for i in range(d)], "targets": [{"name": "y"}]}
-        encoding["targets"][0] |= {"mean": 0.0, "std": 1.0}  # neither is standardised
+        rows, d = args.samples, DATASETS[args.dataset][0]
         x = rng.uniform(-1, 1, (rows, d)).astype(np.float32)
         y = known_function(args, x) + args.noise * rng.standard_normal((rows, 1), np.float32)
     order = rng.permutation(rows)
-    bounds = np.cumsum([round(rows * PARTS["training"]), round(rows * PARTS["validation"])])
-    split = np.split(order, bounds)
+    split = np.split(order, np.cumsum([round(rows * PARTS["training"]), round(rows * PARTS["validation"])]))
     flag = f"--data {args.data}" if args.data else f"--samples {args.samples}"
     if min(map(len, split)) < 2:
         fail(f"{flag}: {rows} rows are too few: training, validation and test need two each")
-    if len(split[0]) < (args.batch_size or 1):
-        fail(f"{flag}: {len(split[0])} rows to train on are too few for --batch-size {args.batch_size}")
+    encoding = {"mean": [0.0], "std": [1.0]}
     if args.data:
-        encoding = fit_encoding(frame, args.target, split[0])
+        known = targets[split[0]]
+        if (known.min(axis=0) == known.max(axis=0)).any():
+            fail(f"{flag}: a target has one value in all rows to train on, there is nothing to learn")
+        encoding = fit_encoding(frame, split[0])
         if not encoding["inputs"]:
-            fail(f"{flag}: no column is left to predict from")
-        if args.model == "logistic":  # sigma's values lie in (0, 1)
-            for column in encoding["targets"]:
-                column |= {"mean": 0.0, "std": 1.0}
-        describe(frame, encoding, int((~complete).sum()), [len(part) for part in split])
-        x = encode(frame, encoding)
-        mean, std = target_scale(encoding)
-        y = ((targets - mean) / std).astype(np.float32)
+            fail(f"{flag}: no column is left to predict from; left out: {', '.join(encoding['left_out'])}")
+        scaled = args.model != "logistic"  # sigma's values lie in (0, 1)
+        encoding |= {"mean": (known.mean(axis=0) * scaled).tolist(), "std": (known.std(axis=0) ** scaled).tolist()}
+        x, y = encode(frame, encoding), ((targets - encoding["mean"]) / encoding["std"]).astype(np.float32)
+        if not quiet:
+            print(f"{rows:,} rows, {dropped:,} without a target left out")
+            describe(frame, encoding)
     if args.model == "logistic" and not (y.min() >= 0 and y.max() <= 1):
         fail(f"--model logistic: its values lie in (0, 1), but there are targets from {y.min():g} to {y.max():g}")
     parts = {part: (x[rows], y[rows]) for part, rows in zip(PARTS, split, strict=True)}
-    mean, std = target_scale(encoding)
-    encoding["baseline"] = (mean + std * parts["training"][1].mean(axis=0, dtype=np.float64)).tolist()
+    if args.batch_size and args.batch_size > len(parts["training"][0]) and not args.data:
+        fail(f"--batch-size {args.batch_size}: there are only {len(split[0])} rows to train on")
+    baseline = parts["training"][1].mean(axis=0, dtype=np.float64)
+    encoding["baseline"] = (np.array(encoding["mean"]) + np.array(encoding["std"]) * baseline).tolist()
     return parts, encoding
 
-
-def target_scale(encoding: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (k,) that the targets were standardised with."""
-    return tuple(np.array([column[name] for column in encoding["targets"]]) for name in ("mean", "std"))
-
-
-def digest(args: Args) -> str:
-    """Tells whether a table is still the same."""
-    if not args.data:
-        return ""
-    with open(args.data, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- Models -----------------------------------------------------------------------------------------------------------
 
 # Each has `hidden`, the values of its hidden layers, (batch, units), first to last, and a layer `last`, whose weights
 # times the last hidden values add up to its output (for the logistic model, before sigma).
@@ -392,27 +351,21 @@ class RBFNetwork(nn.Module):
 
 
 class MLP(nn.Module):
-    """4: h = activation(W x + b) for each hidden layer, f(x) = a_0 + sum_i a_i h_i; (batch, d) to (batch, k)."""
+    """4: h = activation(W x + b) for each hidden layer, f(x) = a_0 + sum_i a_i h_i; (batch, d) to (batch, k).
 
-    def __init__(
-        self,
-        d: int,
-        k: int,
-        hidden_sizes: tuple[int, ...],
-        activation: str,
-        init_scale: float = 0.0,
-        examples: torch.Tensor | None = None,
-    ):
+    With an init_scale the units of the first layer are steep and their midpoints, w x + b = 0, lie among the examples:
+    each sees a part of the function from the start (in the spirit of Nguyen and Widrow 1990).
+    """
+
+    def __init__(self, args: Args, d: int, k: int, examples: torch.Tensor | None = None):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in itertools.pairwise([d, *hidden_sizes]))
-        self.activation = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[activation]
-        self.last = nn.Linear(hidden_sizes[-1], k)
-        if init_scale and examples is not None:
-            # Steep units whose midpoints, w x + b = 0, lie among the data: each sees a part of the function from the
-            # start (in the spirit of Nguyen and Widrow 1990).
+        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in itertools.pairwise([d, *args.hidden_sizes]))
+        self.activation = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[args.activation]
+        self.last = nn.Linear(args.hidden_sizes[-1], k)
+        if args.init_scale and examples is not None:
             first = self.layers[0]
-            nn.init.normal_(first.weight, std=init_scale / math.sqrt(d))
-            midpoints = examples[torch.randint(len(examples), (hidden_sizes[0],))]
+            nn.init.normal_(first.weight, std=args.init_scale / math.sqrt(d))
+            midpoints = examples[torch.randint(len(examples), (args.hidden_sizes[0],))]
             first.bias.data = -(first.weight.data * midpoints).sum(dim=1)
 
     def hidden(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -429,44 +382,20 @@ class MLP(nn.Module):
 def make_model(args: Args, d: int, k: int, examples: torch.Tensor | None = None) -> nn.Module:
     """The model of the flags; `examples` (n, d) place its units, where it is to be trained."""
     if args.model == "mlp":
-        return MLP(d, k, args.hidden_sizes, args.activation, args.init_scale, examples)
+        return MLP(args, d, k, examples)
     if args.model == "rbf":
         return RBFNetwork(d, k, args.hidden_sizes[0], torch.zeros(1, d) if examples is None else examples)
     return {"linear": Linear, "logistic": Logistic}[args.model](d, k)
 
 
-# --- The update -------------------------------------------------------------------------------------------------------
-
-
-class SGD:
-    """w <- w - lr grad_w. As torch.optim.SGD, whose bookkeeping takes a third of the time of so small a step."""
-
-    def __init__(self, weights: Iterable[torch.Tensor], lr: float):
-        self.weights, self.lr = list(weights), lr
-
-    def zero_grad(self) -> None:
-        for weight in self.weights:
-            weight.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        torch._foreach_add_(self.weights, [weight.grad for weight in self.weights], alpha=-self.lr)
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
-
-def make_optimizer(args: Args, model: nn.Module) -> SGD | torch.optim.Optimizer:
+def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
     if args.optimizer == "lbfgs":
         return torch.optim.LBFGS(model.parameters(), lr=args.learning_rate, line_search_fn="strong_wolfe")
-    return {"sgd": SGD, "adam": torch.optim.Adam}[args.optimizer](model.parameters(), lr=args.learning_rate)
+    return {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[args.optimizer](model.parameters(), lr=args.learning_rate)
 
 
 def train_epoch(
-    model: nn.Module, optimizer: SGD | torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, batch_size: int | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, batch_size: int | None
 ) -> float:
     """One pass over x (n, d) and y (n, k); returns the mean loss, each minibatch before its step."""
     if batch_size is None:  # 8: all examples at once
@@ -491,16 +420,133 @@ def train_epoch(
     return float(np.average(torch.stack(losses).cpu().numpy(), weights=sizes))
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+class Best(dict):
+    """The weights with the best validation loss so far, and what else is needed to predict and to go on."""
+
+    state_dict, load_state_dict = dict.copy, dict.update
 
 
-def picture(
-    args: Args, model: nn.Module, parts: dict[str, tuple[torch.Tensor, torch.Tensor]], encoding: dict
-) -> Figure:
-    """What the model does: the sum of its units for one input, maps for two, predicted against true for more.
+def predict(model: nn.Module, x: torch.Tensor) -> np.ndarray:
+    """f(x) of (n, d) as (n, k), some thousand rows at a time."""
+    with torch.inference_mode():
+        return torch.cat([model(rows) for rows in x.split(16_384)]).cpu().numpy()
 
-    For several targets, the first one.
+
+def scores(prediction: np.ndarray, target: np.ndarray, baseline: list[float]) -> dict[str, float]:
+    """MSE, RMSE and R^2 of predictions (n, k), and the MSE of predicting `baseline` (k,); means over the targets.
+
+    There is no R^2 where a target has one value only.
     """
+    mse, baseline_mse = ((values - target) ** 2 for values in (prediction, baseline))
+    figures = {"mse": mse.mean().item(), "rmse": math.sqrt(mse.mean()), "baseline_mse": baseline_mse.mean().item()}
+    if (target.min(axis=0) < target.max(axis=0)).all():
+        figures["r2"] = (1 - mse.mean(axis=0) / target.var(axis=0)).mean().item()
+    return figures
+
+
+def digest(args: Args) -> str:
+    """Tells whether a table is still the same."""
+    return hashlib.sha256(Path(args.data).read_bytes()).hexdigest() if args.data else ""
+
+
+def train(args: Args, run: Run) -> dict[str, Best]:
+    """Trains as the listing above says; returns the best weights."""
+    arrays, encoding = make_data(args)
+    parts = {part: tuple(torch.from_numpy(array).to(run.device) for array in arrays[part]) for part in PARTS}
+    (x, y), (x_validation, _) = parts["training"], parts["validation"]
+    # 5: initialise w at random
+    model = make_model(args, x.shape[1], y.shape[1], x.cpu()).to(run.device)
+    optimizer = make_optimizer(args, model)
+    best = Best(encoding=encoding, digest=digest(args), loss=math.inf, step=0, start_loss=math.inf, start_step=0)
+    if run.restore(model=model, optimizer=optimizer, best=best) and best["digest"] != digest(args):
+        fail(f"--resume: {args.data} has changed since {run.dir} was started")
+
+    for step in run.steps(args.restarts * args.epochs):  # 6: for each epoch, of one start after the other
+        if step > 1 and (step - 1) % args.epochs == 0:  # 5: the next start
+            model.load_state_dict(make_model(args, x.shape[1], y.shape[1], x.cpu()).state_dict())
+            optimizer.state.clear()
+            best |= {"start_loss": math.inf, "start_step": step - 1}
+        if 0 < args.patience <= step - 1 - best["start_step"]:
+            continue  # this start has ended
+        loss = train_epoch(model, optimizer, x, y, args.batch_size)  # 7 to 12
+        figures = scores(predict(model, x_validation), arrays["validation"][1], [0.0] * y.shape[1])
+        if figures["mse"] < best["start_loss"]:
+            best |= {"start_loss": figures["mse"], "start_step": step}
+        if figures["mse"] < best["loss"]:  # 13: keep w
+            weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            best |= {"loss": figures["mse"], "step": step, "weights": weights}
+        r2 = {"charts/validation_r2": figures["r2"]} if "r2" in figures else {}
+        run.log({"losses/train": loss, "losses/validation": figures["mse"], **r2})
+        if step <= args.epochs and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
+            run.writer.add_figure("model", picture(args, model, parts, encoding), step)
+            for name, weight in model.named_parameters():
+                run.writer.add_histogram(name.replace(".", "/"), weight, step)
+
+    model.load_state_dict(best["weights"])
+    run.writer.add_figure("best", picture(args, model, parts, encoding), best["step"])
+    return {"best": best}
+
+
+def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
+    """Scores on the test examples, or on all rows of another table than that of the training.
+
+    With --evaluate and --data the predictions for all rows go to a new CSV file in `folder`.
+    """
+    model = model["best"]
+    encoding = model["encoding"]
+    mean, std, same = np.array(encoding["mean"]), np.array(encoding["std"]), model["digest"] == digest(args)
+    if same:
+        x, y = make_data(args, quiet=True)[0]["test"]
+        target = mean + std * y
+    if args.evaluate and args.data:
+        text = tuple(column["name"] for column in encoding["inputs"] if "categories" in column)
+        frame = read_table(args.data, tuple(column["name"] for column in encoding["inputs"]), text)
+        describe(frame, encoding)
+        rows = encode(frame, encoding)
+        if not same:
+            x, there = rows, set(args.target) <= set(frame.columns)
+            target = np.stack(
+                [numbers(frame, name) if there else np.full(len(x), np.nan) for name in args.target], axis=1
+            )
+    network = make_model(args, x.shape[1], len(mean)).to(device)
+    network.load_state_dict(model["weights"])
+
+    def f(x: np.ndarray) -> np.ndarray:
+        return mean + std * predict(network, torch.from_numpy(x).to(device))
+
+    figures, known = {}, ~np.isnan(target).any(axis=1)
+    if known.any():
+        figures = {f"test_{name}": v for name, v in scores(f(x[known]), target[known], encoding["baseline"]).items()}
+    if not args.data:  # against the function itself, on an even grid
+        axis = np.linspace(-1, 1, 1001 if x.shape[1] == 1 else 101, dtype=np.float32)
+        grid = np.stack(np.meshgrid(*[axis] * x.shape[1]), axis=-1).reshape(-1, x.shape[1])
+        error = f(grid) - known_function(args, grid)
+        figures |= {"largest_error": np.abs(error).max().item(), "function_rmse": math.sqrt(np.mean(error**2))}
+    elif args.evaluate:
+        path, n = folder / f"predictions__{Path(args.data).stem}.csv", itertools.count(2)
+        while path.exists():
+            path = path.with_stem(f"predictions__{Path(args.data).stem}-{next(n)}")
+        pd.DataFrame(f(rows), columns=list(args.target)).to_csv(path, index=False)
+        print(f"{len(rows):,} predictions: {path}")
+    return figures
+
+
+def check(args: Args) -> str:
+    """Refuses what only this script can refuse; returns the name of what it trains on."""
+    if args.batch_size and (args.optimizer or ("adam" if args.data else "lbfgs")) == "lbfgs":
+        fail(f"--batch-size {args.batch_size}: lbfgs takes all examples at once; take --optimizer adam or sgd")
+    fill_defaults(args)
+    if not args.hidden_sizes or (args.model == "rbf" and len(args.hidden_sizes) > 1):
+        fail(f"--hidden-sizes {args.hidden_sizes}: give one number for each hidden layer; an RBF network has one")
+    if bool(args.data) != bool(args.target) or len(set(args.target)) < len(args.target):
+        fail(
+            f"--data and --target go together, and no column twice: --data {args.data or None}, --target {args.target}"
+        )
+    return Path(args.data).stem if args.data else args.dataset
+
+
+def picture(args: Args, model: nn.Module, parts: dict[str, tuple[torch.Tensor, ...]], encoding: dict) -> Figure:
+    """The sum of the units for one input, maps for two, predicted against true for more; of the first target."""
     x, y = (tensor.cpu() for tensor in parts["training"])
     model = copy.deepcopy(model).cpu()
     d = x.shape[1]
@@ -509,7 +555,7 @@ def picture(
             return picture_of_sum(args, model, x, y)
         if d == 2:
             return picture_of_maps(args, model, x, y)
-        mean, std = (values[0] for values in target_scale(encoding))
+        mean, std = encoding["mean"][0], encoding["std"][0]
         figure = Figure(figsize=(5, 5), layout="constrained")
         axes = figure.subplots()
         for part, (inputs, targets) in parts.items():
@@ -517,7 +563,8 @@ def picture(
                 true, predicted = targets[:5_000, 0].cpu().numpy(), model(inputs[:5_000].cpu())[:, 0].numpy()
                 axes.scatter(mean + std * true, mean + std * predicted, s=6, alpha=0.5, label=part)
         axes.axline((mean, mean), slope=1, color="black", linewidth=1)
-        axes.set(xlabel="true", ylabel="predicted", title=encoding["targets"][0]["name"])
+        axes.set(xlabel="true", ylabel="predicted")
+        axes.set_title(args.target[0], parse_math=False)  # a name such as cost_$_in_$ is no formula
         axes.legend()
         return figure
 
@@ -542,540 +589,297 @@ def picture_of_sum(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tenso
 
 
 def picture_of_maps(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Figure:
-    """A map of the prediction with the data on it, and beside it small maps of each hidden layer's first 16 units."""
+    """A map of the prediction with the data on it, and maps of the first 16 units of each hidden layer."""
     low, high = x.min(dim=0).values, x.max(dim=0).values
-    axis = torch.linspace(0, 1, 81)
-    grid = torch.cartesian_prod(low[0] + axis * (high[0] - low[0]), low[1] + axis * (high[1] - low[1]))
+    axis = torch.linspace(0, 1, 81)[:, None]
+    grid = torch.cartesian_prod(*(low + axis * (high - low)).T)
     extent = (low[0].item(), high[0].item(), low[1].item(), high[1].item())
-
-    def draw(axes: object, values: torch.Tensor, **options: object) -> None:
-        axes.imshow(values.view(81, 81).T.numpy(), origin="lower", extent=extent, aspect="auto", cmap="RdBu", **options)
-
-    layers = [] if isinstance(model, Linear) else [values[:, :16] for values in model.hidden(grid)]
-    figure = Figure(figsize=(5 + 2.6 * len(layers), 5), layout="constrained")
-    large, *small = figure.subfigures(1, 1 + len(layers), width_ratios=[2] + [1] * len(layers), squeeze=False)[0]
+    limits = {"cmap": "RdBu", "vmin": y[:, 0].min().item(), "vmax": y[:, 0].max().item()}
+    layers = [] if isinstance(model, Linear) else model.hidden(grid)
+    units = [(f"{n}.{m}", unit) for n, h in enumerate(layers, 1) for m, unit in enumerate(h.T[:16], 1)]
+    columns = math.ceil(len(units) / 4)
+    figure = Figure(figsize=(6 + 1.5 * columns, 5), layout="constrained")
+    large, *small = figure.subfigures(
+        1, 2 if units else 1, width_ratios=[4, columns][: 2 if units else 1], squeeze=False
+    )[0]
     axes = large.subplots()
-    limits = {"vmin": y[:, 0].min().item(), "vmax": y[:, 0].max().item()}
-    draw(axes, model(grid)[:, 0], **limits)
-    axes.scatter(
-        *x[:500].T.numpy(), c=y[:500, 0].numpy(), s=12, cmap="RdBu", edgecolors="black", linewidths=0.4, **limits
-    )
-    axes.set_title("prediction and examples")
-    for layer, (subfigure, values) in enumerate(zip(small, layers, strict=True), start=1):
-        columns = math.ceil(values.shape[1] / 8)
-        panels = subfigure.subplots(math.ceil(values.shape[1] / columns), columns, squeeze=False)
-        subfigure.suptitle(f"hidden layer {layer}")
-        for panel, unit in itertools.zip_longest(panels.flat, values.T):
-            panel.set_axis_off()
-            if unit is not None:
-                draw(panel, unit)
+    for panel in [axes, *(small[0].subplots(4, columns, squeeze=False).flat if units else ())]:
+        title, values = (
+            ("prediction and examples", model(grid)[:, 0]) if panel is axes else units.pop(0) if units else ("", None)
+        )
+        panel.set_title(title, fontsize="small")
+        panel.set_axis_off()
+        if values is not None:
+            options = limits if panel is axes else {"cmap": "RdBu"}
+            panel.imshow(values.view(81, 81).T.numpy(), origin="lower", extent=extent, aspect="auto", **options)
+    axes.scatter(*x[:500].T.numpy(), c=y[:500, 0].numpy(), s=12, edgecolors="black", linewidths=0.4, **limits)
     return figure
 
 
-def picture_of_units(units: list[int], errors: list[float]) -> Figure:
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog(units, errors, marker="o")
-    axes.set_xticks(units, units)
-    axes.minorticks_off()
-    axes.set(xlabel="hidden units", ylabel="largest error on [-1, 1]")
-    axes.grid(alpha=0.3)
-    return figure
+# === The run: the same in every script ================================================================================
+
+SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
 
 
-# --- Checkpoint and evaluation ----------------------------------------------------------------------------------------
+def number(kind: type, low: float, high: float, words: str) -> PrimitiveConstructorSpec:
+    """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
+
+    def parse(given: list[str]) -> float:
+        if not low <= kind(given[0]) <= high:  # nan is refused too
+            raise ValueError(f"{given[0]} is not {words}")
+        return kind(given[0])
+
+    return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
+
+
+Count = Annotated[int, number(int, 1, 2**62, "INT >= 1")]
+Natural = Annotated[int, number(int, 0, 2**62, "INT >= 0")]
+Positive = Annotated[float, number(float, 5e-324, 1e300, "FLOAT > 0")]
+NonNegative = Annotated[float, number(float, 0, 1e300, "FLOAT >= 0")]
+Fraction = Annotated[float, number(float, 0, 1, "FLOAT from 0 to 1")]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
+    """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
+    now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    for name, value in now.items():
+        if name not in free and value != started.get(name):
+            why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
+            fail(f"--{name.replace('_', '-')} {value}: {path} was started with {started.get(name)}{why}")
 
 
 def save(path: Path, content: dict) -> None:
     """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        if path.suffix == ".json":
-            file.write((json.dumps(content, indent=2) + "\n").encode())
-        else:
-            torch.save(content, file)
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
+        file.write(as_json) if as_json else torch.save(content, file)
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name too must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        os.fsync(file)
+    os.replace(file.name, path)
 
 
-def load(path: Path, flag: str, kind: str) -> dict:
-    """Reads a "model" or "checkpoint" that `save` wrote, tensors and plain types only; all else ends the program."""
-    if not path.is_file():
-        fail(f"{flag}: there is no file {path}")
+def load(path: Path, kind: str) -> dict:
+    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types on damaged or foreign files
-        fail(f"{flag}: {path} is damaged or not written by {SCRIPT}.py ({type(error).__name__})")
-    if not isinstance(content, dict) or (content.get("script"), content.get("kind")) != (SCRIPT, kind):
-        fail(f"{flag}: {path} is no {kind} of {SCRIPT}.py")
-    return content
+        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+    except Exception as error:  # a dozen types on damaged or foreign files
+        fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
 
 
-def lock(run_dir: Path) -> None:
-    """Ends the program if another process trains in this folder; the lock goes with the process."""
-    if fcntl:
+class Run:
+    """A training's folder, curves and checkpoints, its random generator and its device.
+
+    From its checkpoint a run ends with the weights and curves, to the bit, of one that was never interrupted.
+    """
+
+    def __init__(self, args: Args, subject: str):
+        self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
+        self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+        self.progress = {"step": 0, "return": 0.0, "length": 0, "returns": [], "first_update": None}
+        default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
+        name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
+        self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
+        self.evaluating = self.stopping = False
+        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+            fail(
+                f"--run-name {name}: must be a plain and new name in {args.runs_dir}; --resume goes on with an old one"
+            )
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        self.made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
+        self.dir.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"--run-name {run_dir.name}: another process is training in {run_dir}")
+            fcntl = importlib.import_module("fcntl")  # Windows has none
+            fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other than this one is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                fail(f"--run-name {name}: another process is training in {self.dir}")
+        if (self.dir / "args.json").exists():
+            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        if (self.dir / "result.json").exists():
+            raise SystemExit(print(f"{self.dir} is finished: see its result.json"))
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
 
+    def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
+        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
+        except (OSError, OverflowError, ValueError) as error:
+            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
 
-def load_checkpoint(args: Args) -> dict | None:
-    """The checkpoint that --resume goes on from, None where there is none; ends the program where it does not fit."""
-    run_dir = args.runs_dir / args.run_name
-    if not (args.resume and (run_dir / "checkpoint.pt").exists()):
-        return None
-    checkpoint = load(run_dir / "checkpoint.pt", "--resume", "checkpoint")
-    check_same_flags(args, checkpoint["args"])
-    return checkpoint
-
-
-def check_same_flags(args: Args, started: dict) -> None:
-    """Ends the program where a run goes on with other flags than it was started with."""
-    may_differ = {"resume", "runs_dir", "run_name", "device", "eval_episodes", "evaluate", "capture_video", "track"}
-    for name, value in plain(args).items():
-        if value != started.get(name) and name not in may_differ and not name.startswith("wandb"):
-            run_dir = args.runs_dir / args.run_name
-            reject(args, name, f"{run_dir} was started with {started.get(name)}; give the same flags")
-
-
-def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """f(x) of (n, d) as (n, k), some thousand rows at a time."""
-    with torch.inference_mode():
-        return torch.cat([model(rows) for rows in x.split(16_384)])
-
-
-def scores(prediction: np.ndarray, target: np.ndarray, baseline: list[float]) -> dict:
-    """MSE, RMSE and R^2 of predictions (n, k), and the MSE of predicting `baseline` (k,); means over the targets.
-
-    R^2 is None where a target has one value only.
-    """
-    mse, baseline_mse = ((values - target) ** 2 for values in (prediction, baseline))
-    varied = (target.min(axis=0) < target.max(axis=0)).all()
-    return {
-        "mse": float(mse.mean()),
-        "rmse": math.sqrt(mse.mean()),
-        "r2": float((1 - mse.mean(axis=0) / target.var(axis=0)).mean()) if varied else None,
-        "baseline_mse": float(baseline_mse.mean()),
-    }
-
-
-def function_errors(args: Args, model: nn.Module, device: torch.device) -> dict:
-    """Largest and root mean square error against --dataset's own function, on an even grid of [-1, 1] or its square."""
-    d = DATASETS[args.dataset][0]
-    axis = torch.linspace(-1, 1, {1: 1001, 2: 101}[d])
-    grid = torch.cartesian_prod(*[axis] * d).view(-1, d)
-    error = predict(model, grid.to(device)).cpu().numpy() - known_function(args, grid.numpy())
-    return {"largest_error": float(np.abs(error).max()), "function_rmse": math.sqrt(np.mean(error**2))}
-
-
-def report(test: dict, errors: dict) -> str:
-    """The figures in a line."""
-    r2 = "-" if test["r2"] is None else f"{test['r2']:.4f}"
-    line = f"MSE {test['mse']:.4g}, RMSE {test['rmse']:.4g}, R^2 {r2}"
-    line += f"; predicting the mean: MSE {test['baseline_mse']:.4g}"
-    if errors:
-        line += f"; largest error on the function {errors['largest_error']:.4g}, RMSE {errors['function_rmse']:.4g}"
-    return line
-
-
-def evaluate_model(args: Args) -> None:
-    """Scores a model.pt, and with --data writes its predictions to a CSV file beside it."""
-    content = load(args.evaluate, "--evaluate", "model")
-    data_flags = ("seed", "dataset", "samples", "noise", "target")
-    names = (*data_flags, "model", "hidden_sizes", "activation", "optimizer", "batch_size")
-    trained = Args(**{name: content["args"][name] for name in names})
-    args = tyro.cli(Args, default=trained)
-    changed = [name for name in names if getattr(args, name) != getattr(trained, name)]
-    if changed:
-        reject(args, changed[0], f"{args.evaluate} was trained with {getattr(trained, changed[0])}")
-    if content["args"]["data"] and not args.data:
-        fail(f"--evaluate: give --data, a CSV file with the columns of {content['args']['data']}")
-    if args.data and not content["args"]["data"]:
-        fail(f"--evaluate: {args.evaluate} was trained on --dataset {args.dataset}; leave --data out")
-    fill_defaults(args)
-    check_args(args)
-    device, encoding = choose_device(args), content["encoding"]
-    mean, std = target_scale(encoding)
-    if not args.data:
-        parts, _ = make_data(args)
-        x, target = parts["test"]
-    else:
-        text = tuple(column["name"] for column in encoding["inputs"] if "categories" in column)
-        frame = read_table(args.data, (), text)
-        missing = [column["name"] for column in encoding["inputs"] if column["name"] not in frame]
-        if missing:
-            fail(f"--data {args.data}: columns {', '.join(missing)} are missing; {args.evaluate} was trained on them")
-        if frame.empty:
-            fail(f"--data {args.data}: there is no row in it")
-        x, target = encode(frame, encoding), None
-        if all(name in frame for name in args.target):
-            target = np.stack([numbers(frame, name, "--target") for name in args.target], axis=1)
-    model = make_model(args, x.shape[1], len(mean)).to(device)
-    model.load_state_dict(content["weights"])
-    prediction = mean + std * predict(model, torch.from_numpy(x).to(device)).cpu().numpy()
-    known = None if target is None else ~np.isnan(target).any(axis=1)
-    if known is not None and known.any():
-        errors = {} if args.data else function_errors(args, model, device)
-        print(f"{args.evaluate}: {report(scores(prediction[known], target[known], encoding['baseline']), errors)}")
-    if args.data:
-        path = args.evaluate.parent / f"predictions__{args.data.stem}.csv"
-        if not os.access(path.parent, os.W_OK):
-            fail(f"--evaluate: the predictions would go into {path.parent}, which cannot be written to")
-        temporary = path.with_name(path.name + ".tmp")
-        pd.DataFrame(prediction, columns=[column["name"] for column in encoding["targets"]]).to_csv(
-            temporary, index=False
-        )
-        os.replace(temporary, path)
-        print(f"{len(prediction):,} predictions: {path}")
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def choose_device(args: Args) -> torch.device:
-    """The device that --device asks for."""
-    if args.device != "auto":
-        return torch.device(args.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come."""
-
-    global_step: int = 0  # epochs, of all starts together
-    start: int = 0
-    epoch: int = 0  # of this start
-    best_loss: float = math.inf  # of this start, on the validation examples, in units of the targets' variance
-    stale_epochs: int = 0  # since then
-    wall_seconds: float = 0.0
-    train_seconds: float = 0.0
-
-
-class Display:
-    """A bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, args: Args, progress: Progress):
-        self.args, self.progress, self.terminal = args, progress, sys.stdout.isatty()
-        self.last_shown = time.perf_counter()
-
-    def show(self) -> None:
-        args, progress, now = self.args, self.progress, time.perf_counter()
-        if now - self.last_shown < (0.2 if self.terminal else 60):
-            return
-        self.last_shown = now
-        done, total = progress.start * args.epochs + progress.epoch, args.restarts * args.epochs
-        rate = progress.global_step / progress.train_seconds
-        minutes, seconds = divmod(int((total - done) / rate), 60)
-        start = f"start {progress.start + 1}/{args.restarts}  " if args.restarts > 1 else ""
-        line = f"{start}epoch {progress.epoch:,}/{args.epochs:,}  validation loss {progress.best_loss:.3g}"
-        line += f"  {rate:.0f} epochs/s  {minutes}:{seconds:02} min left"
-        if self.terminal:
-            filled = 24 * done // total
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\033[K", end="", flush=True)
+    def restore(self, **parts: object) -> bool:
+        """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
+        self.parts, self.made, flags, state = parts, [], vars(self.args), self.checkpoint or {"events": {}}
+        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
+            os.truncate(path, state["events"].get(path.name, 0))
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.progress, self.start = state["progress"], self.start - state["seconds"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         else:
-            print(line, flush=True)
+            save(self.dir / "args.json", flags)
+        if self.wandb:
+            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
+            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
+        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        if not self.checkpoint:
+            self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.stop)
+        return self.checkpoint is not None
 
-    def say(self, line: str) -> None:
-        print(f"\r{line}\033[K" if self.terminal else line, flush=True)
+    def stop(self, signum: int, _: object) -> None:
+        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
+        signal.signal(signum, signal.SIG_DFL)
+        self.stopping = True
+        if self.evaluating:
+            raise KeyboardInterrupt
 
+    def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
+        """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
 
-def log_hyperparameters(writer: SummaryWriter, args: Args) -> None:
-    """As a text, and for the HPARAMS tab beside the validation loss."""
-    values = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(args).items()}
-    table = "\n".join(f"|{name}|{value}|" for name, value in values.items())
-    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + table)
-    for summary in hparams(values, {"losses/validation": 0.0}):
-        writer.file_writer.add_summary(summary)
+        The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
+        """
+        args, progress, self.size = self.args, self.progress, size
+        line = {"mininterval": 60, "bar_format": "{n_fmt} of {total_fmt}, {rate_fmt}{postfix}\n"}
+        line = {} if sys.stdout.isatty() else line
+        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+            while progress["step"] < total:
+                if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
+                    self.evaluate(model, None)
+                progress["step"] += size
+                yield progress["step"]
+                self.bar.update(size)
+                self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
+                last = self.stopping or progress["step"] >= total
+                if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
+                    self.save_checkpoint()
+                if self.stopping:
+                    raise KeyboardInterrupt
 
+    def due(self, frequency: int) -> bool:
+        """Whether this step is one of every so many."""
+        return frequency > 0 and self.progress["step"] % frequency < self.size
 
-def train(args: Args) -> None:
-    """Trains as the listing above says; leaves curves, pictures, weights and a result in the run's folder.
+    def count_reward(self, reward: float, done: bool) -> None:
+        """Adds a step to its episode; where it is done, its return and length are logged."""
+        progress = self.progress
+        progress |= {"return": progress["return"] + reward, "length": progress["length"] + 1}
+        if done:
+            self.writer.add_scalar("charts/episodic_return", progress["return"], progress["step"])
+            self.writer.add_scalar("charts/episodic_length", progress["length"], progress["step"])
+            progress |= {"returns": [*progress["returns"], progress["return"]][-100:], "return": 0.0, "length": 0}
+            self.bar.set_postfix_str(f"return {np.mean(progress['returns']):.6g}", refresh=False)
 
-    Raises KeyboardInterrupt, with a checkpoint written, when SIGINT or SIGTERM asks to stop.
-    """
-    start_time = time.perf_counter()
-    device = choose_device(args)
-    run_dir = args.runs_dir / args.run_name
-    checkpoint = load_checkpoint(args)
-    torch.backends.cudnn.deterministic = True
-    torch.manual_seed(args.seed)
-    arrays, encoding = make_data(args)
-    data_digest = digest(args)
-    if checkpoint and checkpoint["digest"] != data_digest:
-        fail(f"--resume: {args.data} has changed since {run_dir} was started")
-    parts = {part: tuple(torch.from_numpy(array).to(device) for array in arrays[part]) for part in PARTS}
-    x, y = parts["training"]
-    x_validation, _ = parts["validation"]
-    batch_size = 200 if args.batch_size is None and args.optimizer == "adam" else args.batch_size
-    run_dir.mkdir(parents=True, exist_ok=args.resume)
-    lock(run_dir)
-    if not checkpoint:
-        save(run_dir / "args.json", plain(args))
-    if args.track:
-        start_tracking(args)
-    # A killed run repeats what came after its checkpoint: TensorBoard forgets the first version from purge_step on.
-    writer = SummaryWriter(run_dir, purge_step=checkpoint["progress"]["global_step"] + 1 if checkpoint else 0)
+    def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
+        """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
+        if self.progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            self.progress["first_update"] = self.progress["step"], time.time() - self.start
+        for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
+            if not math.isfinite(value := float(torch.as_tensor(value).detach())):
+                fail(f"{tag} is {value:g} in step {self.progress['step']:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, self.progress["step"])
 
-    def begin() -> tuple[nn.Module, SGD | torch.optim.Optimizer]:
-        model = make_model(args, x.shape[1], y.shape[1], x.cpu()).to(device)
-        return model, make_optimizer(args, model)
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        self.writer.flush()
+        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+            with open(path) as file:
+                os.fsync(file)
+        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
+        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save(self.dir / "checkpoint.pt", state)
 
-    def snapshot() -> dict:
-        return {
-            "script": SCRIPT,
-            "kind": "checkpoint",
-            "args": plain(args),
-            "digest": data_digest,
-            "progress": dataclasses.asdict(progress),
-            "weights": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "best": best,
-            "rng": torch.get_rng_state(),
-        }
+    def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
+        """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
+        self.evaluating = True
+        with torch.random.fork_rng(devices=[]):
+            states = {name: part.state_dict() for name, part in model.items()}
+            figures = evaluate(self.args, states, self.device, folder)
+        self.evaluating = False
+        for name, value in figures.items():
+            self.writer.add_scalar(f"eval/{name.removeprefix('eval_')}", value, self.progress["step"])
+        return figures
 
-    model, optimizer = begin()  # 5: initialise w at random
-    if checkpoint:
-        progress, best = Progress(**checkpoint["progress"]), checkpoint["best"]
-        model.load_state_dict(checkpoint["weights"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-    else:
-        progress, best = Progress(), {"loss": math.inf}
-        log_hyperparameters(writer, args)
-    display = Display(args, progress)
-    wall_seconds_before = progress.wall_seconds
-    stop_signals = []
-
-    def request_stop(signum: int, _: object) -> None:
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the program at once
-
-    previous_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    while not stop_signals:
-        # 6: an epoch; after the last one, the next start
-        if progress.epoch == args.epochs or 0 < args.patience <= progress.stale_epochs:
-            if args.restarts > 1:
-                display.say(
-                    f"start {progress.start + 1}/{args.restarts}: validation RMSE {progress.best_loss**0.5:.4g}"
-                )
-                writer.add_scalar("starts/validation_loss", progress.best_loss, progress.global_step)
-            if progress.start + 1 == args.restarts:
-                break
-            progress.start, progress.epoch, progress.stale_epochs = progress.start + 1, 0, 0
-            progress.best_loss = math.inf
-            model, optimizer = begin()  # 5
-        epoch_start = time.perf_counter()
-        loss = train_epoch(model, optimizer, x, y, batch_size)  # 7 to 12
-        validation = scores(predict(model, x_validation).cpu().numpy(), arrays["validation"][1], [0.0] * y.shape[1])
-        validation_loss = validation["mse"]
-        if not math.isfinite(loss + validation_loss):
-            writer.close()
-            where = f"epoch {progress.epoch + 1}" + (f" of start {progress.start + 1}" if args.restarts > 1 else "")
-            fail(f"the loss is no longer finite in {where}; try a lower --learning-rate than {args.learning_rate:g}")
-        progress.global_step += 1
-        progress.epoch += 1
-        progress.stale_epochs += 1
-        progress.train_seconds += time.perf_counter() - epoch_start
-        progress.wall_seconds = wall_seconds_before + time.perf_counter() - start_time
-        if validation_loss < progress.best_loss:
-            progress.best_loss, progress.stale_epochs = validation_loss, 0
-        if validation_loss < best["loss"]:  # 13: keep w
-            weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            best = {"loss": validation_loss, "start": progress.start, "epoch": progress.epoch, "weights": weights}
-
-        # The rest keeps the books.
-        step = progress.global_step
-        writer.add_scalar("losses/train", loss, step)
-        writer.add_scalar("losses/validation", validation_loss, step)
-        if validation["r2"] is not None:
-            writer.add_scalar("charts/validation_r2", validation["r2"], step)
-        if progress.start == 0 and progress.epoch & (progress.epoch - 1) == 0:  # 1, 2, 4, 8, ...
-            writer.add_figure("model", picture(args, model, parts, encoding), step)
-            for name, weight in model.named_parameters():
-                writer.add_histogram(name.replace(".", "/"), weight, step)
-            writer.add_scalar("charts/epochs_per_second", step / progress.train_seconds, step)
-        display.show()
-        if args.checkpoint_frequency and (step % args.checkpoint_frequency == 0 or stop_signals):
-            writer.flush()
-            save(run_dir / "checkpoint.pt", snapshot())
-
-    for signum, handler in previous_handlers.items():
-        signal.signal(signum, handler)
-    if stop_signals:
-        writer.close()
-        raise KeyboardInterrupt
-
-    model.load_state_dict(best["weights"])
-    content = {"script": SCRIPT, "kind": "model", "args": plain(args), "encoding": encoding, "weights": best["weights"]}
-    save(run_dir / "model.pt", content)
-    mean, std = target_scale(encoding)
-    x_test, y_test = parts["test"]
-    prediction = mean + std * predict(model, x_test).cpu().numpy()
-    test = scores(prediction, mean + std * y_test.cpu().numpy(), encoding["baseline"])
-    errors = {} if args.data else function_errors(args, model, device)
-    writer.add_figure("model/best", picture(args, model, parts, encoding), progress.global_step)
-    for name, value in (test | errors).items():
-        if value is not None:
-            writer.add_scalar(f"test/{name}", value, progress.global_step)
-    writer.close()
-    save(
-        run_dir / "result.json",
-        {
-            "script": SCRIPT,
-            "data": str(args.data or args.dataset),
-            "model": args.model,
-            "seed": args.seed,
-            "epochs": progress.global_step,
-            "best_start": best["start"] + 1,
-            "best_epoch": best["epoch"],
-            "validation_loss": best["loss"],
-            **{f"test_{name}": value for name, value in test.items()},
-            **errors,
-            "epochs_per_second": progress.global_step / progress.train_seconds,
-            "wall_seconds": wall_seconds_before + time.perf_counter() - start_time,
-            "device": device.type,
-            "torch_threads": torch.get_num_threads(),
-            "versions": {module.__name__: module.__version__ for module in (torch, np, pd)}
-            | {"python": platform.python_version()},
-        },
-    )
-    kept = f"epoch {best['epoch']:,}" + (f" of start {best['start'] + 1}" if args.restarts > 1 else "")
-    display.say(f"{run_dir}: {kept} kept; test {report(test, errors)}")
-
-
-def train_with_units(args: Args) -> None:
-    """Trains once with each number of hidden units, in folders of their own, and plots the largest error."""
-    run_dir, errors = args.runs_dir / args.run_name, []
-    if (run_dir / "args.json").exists():
-        started = json.loads((run_dir / "args.json").read_text())
-        check_same_flags(
-            args, {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in started.items()}
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save(run_dir / "args.json", plain(args))
-    for units in args.units:
-        run = dataclasses.replace(args, units=(), hidden_sizes=(units,), run_name=f"{args.run_name}/units-{units}")
-        result = run_dir / f"units-{units}" / "result.json"
-        if not result.exists():
-            train(run)
-        errors.append(json.loads(result.read_text())["largest_error"])
-    print("| hidden units | largest error |\n|---|---|")
-    for units, error in zip(args.units, errors, strict=True):
-        print(f"| {units} | {error:.4g} |")
-    with SummaryWriter(run_dir) as writer:
-        writer.add_figure("largest_error", picture_of_units(args.units, errors))
-    save(run_dir / "result.json", {"units": args.units, "largest_error": errors})
-
-
-def start_tracking(args: Args) -> None:
-    import wandb
-
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        id=args.run_name,
-        resume="allow",
-        config=plain(args),
-        dir=args.runs_dir / args.run_name,
-        sync_tensorboard=True,
-    )
-
-
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-def reject(args: Args, name: str, reason: str) -> NoReturn:
-    fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
-
-
-def check_args(args: Args) -> None:
-    """Ends the program with one line where a flag cannot work, whether it trains or evaluates."""
-    choices = {
-        "device": ("auto", "cpu", "cuda", "mps"),
-        "dataset": tuple(DATASETS),
-        "model": ("linear", "logistic", "rbf", "mlp"),
-        "activation": ("relu", "sigmoid", "tanh"),
-        "optimizer": ("sgd", "adam", "lbfgs"),
-    }
-    for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            reject(args, name, f"choose one of {', '.join(allowed)}")
-    for name in ("epochs", "samples", "restarts", "learning_rate"):
-        if not 0 < getattr(args, name) < math.inf:
-            reject(args, name, "must be greater than 0")
-    for name in ("noise", "init_scale", "patience"):
-        if not 0 <= getattr(args, name) < math.inf:
-            reject(args, name, "must not be negative")
-    for name in ("seed", "checkpoint_frequency"):
-        if not 0 <= getattr(args, name) < 2**62:
-            reject(args, name, "must not be negative, nor 2^62 or more")
-    if args.batch_size is not None and args.batch_size < 1:
-        reject(args, "batch_size", "must be greater than 0")
-    if args.batch_size is not None and args.optimizer == "lbfgs":
-        reject(args, "batch_size", "lbfgs takes all examples at once; leave it out, or take --optimizer adam")
-    if not args.hidden_sizes or min(args.hidden_sizes) < 1:
-        reject(args, "hidden_sizes", "give one positive number for each hidden layer")
-    if args.model == "rbf" and len(args.hidden_sizes) > 1:
-        reject(args, "hidden_sizes", "an RBF network has one hidden layer")
-    if args.data and not args.target:
-        fail(f"--data {args.data}: give the column to predict, with --target")
-    if len(set(args.target)) < len(args.target):
-        reject(args, "target", "names a column twice")
-    if args.target and not (args.data or args.evaluate):
-        reject(args, "target", "is for the columns of --data")
-    if args.units and (args.data or args.model not in ("mlp", "rbf") or min(args.units) < 1):
-        reject(args, "units", "is for positive numbers of units, a model mlp or rbf and a known function")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        reject(args, "device", "PyTorch finds no such device here; use --device cpu")
-
-
-def check_run(args: Args) -> None:
-    """Ends the program with one line where the run's folder cannot be; creates nothing."""
-    run_dir = args.runs_dir / args.run_name
-    if Path(args.run_name).name != args.run_name or args.run_name == "..":
-        reject(args, "run_name", f"must be a plain name, for a folder in --runs-dir {args.runs_dir}")
-    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        reject(args, "runs_dir", f"{folder} is no folder that can be written to")
-    if run_dir.exists() and not args.resume:
-        reject(args, "run_name", f"{run_dir} exists; take another name, or add --resume to go on with it")
-    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:  # not even a folder wandb/
-        fail("--track: Weights & Biases is not installed; pip install wandb")
+    def finish(self, model: dict[str, object]) -> dict[str, float]:
+        """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in FREE}
+        states = {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model", "args": flags} | states)
+        progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
+        rate = (progress["step"] - step) / (time.time() - self.start - second)
+        figures = self.evaluate(model, self.dir)
+        self.writer.close()
+        modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
+        result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
+        result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
+        result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
+        result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
+        save(self.dir / "result.json", result)
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+        return figures
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    if args.evaluate:
-        return evaluate_model(args)
-    fill_defaults(args)
-    check_args(args)
-    if args.resume and not args.run_name:
-        fail("--resume: give the --run-name of the run to go on with")
-    if not args.run_name:
-        data = args.data.stem if args.data else args.dataset
-        args.run_name = f"{data}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = args.runs_dir / args.run_name
-    if args.resume and (run_dir / "result.json").exists():
-        return print(f"{run_dir} is finished: see its result.json")
-    check_run(args)
+    args, run = tyro.cli(Args, description=__doc__), None
     try:
-        train_with_units(args) if args.units else train(args)
+        if args.evaluate:
+            content = load(args.evaluate, "model")
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
+            check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
+            check(args)
+            device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+            figures = evaluate(args, content, device, args.evaluate.parent)
+        else:
+            run = Run(args, check(args))
+            figures = run.finish(train(args, run))
+        words = [f"{name} {value:.6g}" for name, value in figures.items()]
+        print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except KeyboardInterrupt:
-        flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-        if "--run-name" not in flags:
-            flags += ["--run-name", args.run_name]
-        command = f"python {shlex.join([sys.argv[0], *flags, '--resume'])}"
-        print(f"\nstopped; go on with: {command}" if args.checkpoint_frequency else "\nstopped, without a checkpoint")
+        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
+        words = sys.argv if args.resume else words
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        fail(f"{error}; pip install it, or, for what pip does not have, use Linux or macOS")
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+    finally:
+        for folder in run.made if run else ():  # its training did not begin
+            for path in folder.glob("replay.*"):
+                path.unlink()
+            folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -11,67 +11,84 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-SHORT = {  # runs of some seconds with eight checkpoints, that fill and wrap their replay memory
+SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and wrap their replay memory
     "dqn_atari": [
         *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "1200"),
         *("--learning-starts", "100", "--buffer-size", "400", "--target-network-frequency", "100"),
-        *("--checkpoint-frequency", "150", "--eval-episodes", "1"),
+        *("--train-frequency", "10", "--checkpoint-frequency", "150", "--eval-episodes", "1"),
     ],
     "ddpg_continuous": [
         *("--env-id", "Pendulum-v1", "--total-timesteps", "1200", "--learning-starts", "300", "--buffer-size", "400"),
-        *("--checkpoint-frequency", "150", "--eval-frequency", "500", "--eval-episodes", "1", "--hidden-sizes", "32"),
-        *("--noise", "ornstein-uhlenbeck", "--batch-size", "64", "--n-step", "3"),
+        *("--checkpoint-frequency", "150", "--eval-frequency", "500", "--eval-episodes", "1", "--batch-size", "64"),
+        *("--hidden-sizes", "32", "32"),
     ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "400", "--optimizer", "adam", "--batch-size", "10"),
-        *("--epochs", "100", "--restarts", "2", "--checkpoint-frequency", "25"),
+        *("--epochs", "100", "--restarts", "2", "--checkpoint-frequency", "25", "--patience", "60"),
     ],
 }
 AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments
-KILLER = """
-import os, runpy, signal, sys
-moment, call = sys.argv[1], int(sys.argv[2])
-replace = os.replace
-def killing_replace(*paths):
-    global call
-    call -= 1
-    if moment == "after":
-        replace(*paths)
-    if call == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if moment == "before":
-        replace(*paths)
-os.replace = killing_replace
-sys.argv = sys.argv[3:]
+INTERRUPTER = """
+import errno, os, runpy, signal, sys
+what, moment, function, call = sys.argv[1:5]
+original, calls = getattr(os, function), 0
+def interrupted(*args, **options):
+    global calls
+    calls += 1
+    now = call in (str(calls), os.path.basename(str(args[-1])))
+    if now and moment == "before":
+        strike()
+    result = original(*args, **options)
+    if now and moment == "after":
+        strike()
+    return result
+def strike():
+    if what == "ENOSPC":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.kill(os.getpid(), getattr(signal, what))
+setattr(os, function, interrupted)
+sys.argv = sys.argv[5:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+DEADLINE = 240  # seconds that any process of a test may take, on a busy machine
 
 
-def spawn(command: list[object], cwd: Path, **options: object) -> subprocess.Popen:
-    """A Python process of one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=env, text=True, **options)
+def run_python(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A Python process of one thread, with warnings as errors."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-W", "error", *map(str, command)]
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=DEADLINE)
 
 
-def run(script: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
-    """The script's own end, with warnings as errors."""
-    command = ["-W", "error", ROOT / f"{script}.py", *flags]
-    process = spawn(command, cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+def run(script: str, *flags: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return run_python(ROOT / f"{script}.py", *flags, cwd=cwd, **environment)
 
 
-def run_until_killed(script: str, moment: str, call: int, *flags: object, cwd: Path) -> None:
-    """The script, which SIGKILL ends "before" or "after" its call-th renaming of a file."""
-    command = ["-c", KILLER, moment, call, ROOT / f"{script}.py", *flags]
-    assert spawn(command, cwd, stdout=subprocess.DEVNULL).wait() == -signal.SIGKILL
+def run_interrupted(
+    what: str, moment: str, call: int | str, script: str, *flags: object, cwd: Path, function: str = "replace"
+) -> subprocess.CompletedProcess:
+    """The script, which a signal (or a full disk) meets "before" or "after" a call of a function of `os`.
+
+    The call is a number, or the name of the file that the function is called with.
+    """
+    return run_python("-c", INTERRUPTER, what, moment, function, call, ROOT / f"{script}.py", *flags, cwd=cwd)
+
+
+def run_until_killed(script: str, moment: str, call: int | str, *flags: object, cwd: Path) -> None:
+    """The script, which SIGKILL ends "before" or "after" the renaming of a file, by number or name."""
+    assert run_interrupted("SIGKILL", moment, call, script, *flags, cwd=cwd).returncode == -signal.SIGKILL
+
+
+def read_events(run_dir: Path) -> EventAccumulator:
+    """All that TensorBoard's own reader sees."""
+    events = EventAccumulator(
+        str(run_dir), size_guidance=dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0)
+    )
+    return events.Reload()
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
-    """A curve as TensorBoard's own reader sees it."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    return [(event.step, event.value) for event in read_events(run_dir).Scalars(tag)]
 
 
 def message_of(

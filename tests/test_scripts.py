@@ -1,13 +1,17 @@
 """What every script promises around its algorithm: reproducible, resumable to the bit, whole in one file."""
 
 import ast
+import errno
+import fcntl
 import importlib
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
-import time
+import sys
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -16,13 +20,10 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from common import AGENTS, ROOT, SHORT, message_of, run, run_until_killed, scalars, spawn
+from common import AGENTS, DEADLINE, ROOT, SHORT, message_of, read_events, run, run_interrupted, run_python
+from common import run_until_killed as kill
 
-TAGS = {
-    "dqn_atari": {"charts/episodic_return", "charts/epsilon", "losses/td_loss", "losses/q_values"},
-    "ddpg_continuous": {"charts/episodic_return", "losses/qf1_loss", "losses/qf1_values", "losses/actor_loss"},
-    "mlp_regression": {"losses/train", "losses/validation", "charts/validation_r2"},
-}
+LINE = "# === The run: the same in every script "
 agents_only = pytest.mark.parametrize("script", AGENTS, indirect=True)
 
 
@@ -45,139 +46,234 @@ def finished(script: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FINISHED[script]
 
 
+TIMES = {"wall_seconds", "steps_per_second", "seconds", "first_update", "events", "run_name", "resume"}
+
+
 def same(ours: object, theirs: object) -> bool:
     """Equal to the bit, through dictionaries and lists; but for times."""
     if isinstance(ours, torch.Tensor):
         return torch.equal(ours, theirs)
     if isinstance(ours, dict):
-        names = {name for name in ours if "second" not in str(name) and name not in ("update_steps", "run_name")}
-        return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in names)
-    if isinstance(ours, list):
+        names = ours.keys() - TIMES
+        return names == theirs.keys() - TIMES and all(same(ours[name], theirs[name]) for name in names)
+    if isinstance(ours, (list, tuple)):
         return len(ours) == len(theirs) and all(same(*pair) for pair in zip(ours, theirs, strict=True))
     return ours == theirs
 
 
+def curves(run_dir: Path) -> dict[str, list]:
+    """Every tag with all its steps and values, of scalars, pictures, histograms and texts; but for speed."""
+    events = read_events(run_dir)
+    tags = events.Tags()
+    read = {f"scalar {tag}": [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    read |= {f"image {tag}": [(e.step, e.encoded_image_string) for e in events.Images(tag)] for tag in tags["images"]}
+    read |= {f"histogram {t}": [(e.step, e.histogram_value) for e in events.Histograms(t)] for t in tags["histograms"]}
+    read |= {f"text {tag}": [e.step for e in events.Tensors(tag)] for tag in tags["tensors"]}
+    speed = read.pop("scalar charts/SPS", [])
+    return read | {"speed": [step for step, _ in speed]}
+
+
 def assert_same_run(run_dir: Path, other_dir: Path) -> None:
-    """Same weights, optimizer, replay, random states and curves."""
+    """Same weights, optimizer, replay, random states, figures and curves: every tag, each event once."""
     for name in ("model.pt", "checkpoint.pt"):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (run_dir, other_dir))
-        ours["args"]["resume"] = theirs["args"]["resume"] = None
-        assert {part for part in ours if not same(ours[part], theirs[part])} == set()
-    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run_dir, other_dir))
-    assert same(ours, theirs)
-    for tag in TAGS[ours["script"]]:
-        assert scalars(run_dir, tag) == scalars(other_dir, tag)
+        assert {part for part in ours if part not in TIMES and not same(ours[part], theirs[part])} == set()
+    assert same(*(json.loads((folder / "result.json").read_text()) for folder in (run_dir, other_dir)))
+    ours, theirs = curves(run_dir), curves(other_dir)
+    assert ours.keys() == theirs.keys()
+    assert {tag for tag in ours if ours[tag] != theirs[tag]} == set()
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
-@agents_only
 def test_a_finished_run(script: str, finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith("events")}
     assert names == {"args.json", "checkpoint.pt", "model.pt", "result.json"}
     result = json.loads((finished / "result.json").read_text())
-    assert (result["script"], result["total_timesteps"], result["torch_threads"]) == (script, 1200, 1)
-    assert result["steps_per_second"] > 0
-    returns = [value for _, value in scalars(finished, "charts/episodic_return")]
-    assert result["train_return_mean"] == pytest.approx(np.mean(returns))
-    for tag in ("charts/SPS", "charts/episodic_length", "eval/episodic_return", *TAGS[script]):
-        assert scalars(finished, tag), tag
-    assert json.loads((finished / "args.json").read_text())["buffer_size"] == 400
+    sha256 = subprocess.run(["sha256sum", ROOT / f"{script}.py"], capture_output=True, text=True).stdout.split()[0]
+    assert (result["script"], result["script_sha256"], result["seed"], result["torch_threads"]) == (
+        script,
+        sha256,
+        1,
+        1,
+    )
+    assert result["device"] == "cpu"
+    assert result["processor"]
+    assert 0 < result["steps_per_second"]
+    assert result["versions"].keys() >= {"torch", "numpy"}
+    tags = curves(finished)
+    for tag, points in tags.items():
+        steps = [point[0] if isinstance(point, tuple) else point for point in points]
+        assert len(steps) == len(set(steps)), tag
+    if script in AGENTS:
+        returns = [value for _, value in tags["scalar charts/episodic_return"]]
+        assert result["train_return_mean"] == pytest.approx(np.mean(returns[-100:]))
+        assert tags["scalar eval/return_mean"][-1] == (1200, pytest.approx(result["eval_return_mean"]))
+        assert (result["total_timesteps"], result["eval_episodes"]) == (1200, 1)
+        first = {"dqn_atari": 400, "ddpg_continuous": 1000}[script]
+        assert tags["speed"][0] == first
 
 
 def test_same_seed_same_run_other_seed_another(script: str, finished: Path, tmp_path: Path) -> None:
     assert run(script, *SHORT[script], "--run-name", "again", cwd=tmp_path).returncode == 0
     assert_same_run(finished, tmp_path / "runs" / "again")
     assert run(script, *SHORT[script], "--run-name", "other", "--seed", "2", cwd=tmp_path).returncode == 0
-    ours, theirs = (
-        torch.load(folder / "model.pt", weights_only=True) for folder in (finished, tmp_path / "runs" / "other")
-    )
-    assert not same(ours, theirs)
-
-
-def test_killed_at_random_moments_it_resumes_to_the_bit(script: str, finished: Path, tmp_path: Path) -> None:
-    """Weights, replay memory (its file too) and curves equal those of the run that was never interrupted."""
-    run_dir = tmp_path / "runs" / "killed"
-    flags = [*SHORT[script], "--run-name", "killed", "--resume"]
-    for _ in range(3):
-        process = spawn([ROOT / f"{script}.py", *flags], tmp_path, stdout=subprocess.DEVNULL)
-        time.sleep(random.uniform(3, 8))
-        process.kill()
-        process.wait()
-    assert run(script, *flags, cwd=tmp_path).returncode == 0
-    assert_same_run(finished, run_dir)
-    assert not list(run_dir.glob("replay*"))
+    models = (torch.load(folder / "model.pt", weights_only=True) for folder in (finished, tmp_path / "runs" / "other"))
+    assert not same(*models)
 
 
 def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished: Path, tmp_path: Path) -> None:
-    """Killed right before or after a file gets its name: args.json, checkpoints, model.pt and result.json.
+    """Killed right before or after a file gets its name: args.json, checkpoints, model.pt, result.json; and at random.
 
-    Before the name of the checkpoint of step 450 what was logged since step 300 is on the disk, and is logged again.
+    Before the name of a checkpoint, what was logged since the one before is on the disk already, and is logged again.
     """
-    run_dir = tmp_path / "runs" / "killed"
-    flags = [*SHORT[script], "--run-name", "killed", "--resume"]
-    for moment, call in [("before", 1), ("before", 4), ("after", 1), ("before", 2), ("after", 5), ("before", 2)]:
-        run_until_killed(script, moment, call, *flags, cwd=tmp_path)
+    run_dir, flags = tmp_path / "runs" / "killed", [*SHORT[script], "--run-name", "killed", "--resume"]
+    moments = [("before", 1), ("before", 4), ("after", 1), ("after", random.randint(1, 2)), ("before", 2)]
+    for moment, call in [*moments, ("before", "model.pt"), ("after", "model.pt"), ("before", "result.json")]:
+        kill(script, moment, call, *flags, cwd=tmp_path)
         for path in run_dir.glob("*.json"):
             json.loads(path.read_text())
         for path in run_dir.glob("*.pt"):
             torch.load(path, weights_only=True)
     assert run(script, *flags, cwd=tmp_path).returncode == 0
     assert_same_run(finished, run_dir)
+    assert not list(run_dir.glob("replay*"))
 
 
-def test_interrupted_it_says_how_to_go_on_and_does(script: str, finished: Path, tmp_path: Path) -> None:
-    """Ctrl-C between two checkpoints writes one more; the printed command finishes the run with the same bits."""
-    run_dir = tmp_path / "runs" / "stopped"
-    command = ["-u", ROOT / f"{script}.py", *SHORT[script], "--run-name", "stopped"]
-    process = spawn(command, tmp_path, stdout=subprocess.PIPE)
-    while not (run_dir / "checkpoint.pt").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    line = process.communicate()[0].splitlines()[-1]
-    assert process.returncode == 130
+STATEFUL = [
+    ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 3 --eval-frequency 200 --total-timesteps 400"),
+    ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5"),
+    ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4 --epochs 60"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), STATEFUL, indirect=["script"])
+def test_other_flags_resume_to_the_bit_too(script: str, flags: str, tmp_path: Path) -> None:
+    flags = [*SHORT[script], *flags.split()]
+    assert run(script, *flags, "--run-name", "whole", cwd=tmp_path).returncode == 0
+    kill(script, "before", 3, *flags, "--run-name", "killed", cwd=tmp_path)
+    assert run(script, *flags, "--run-name", "killed", "--resume", cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
+
+
+@pytest.mark.parametrize(
+    ("script", "signum"),
+    [(name, "SIGINT") for name in SHORT] + [("mlp_regression", name) for name in ("SIGTERM", "SIGHUP")],
+    indirect=["script"],
+)
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
+    script: str, signum: str, finished: Path, tmp_path: Path
+) -> None:
+    """Between two checkpoints; the printed command finishes the run with the same bits."""
+    flags = [*SHORT[script], "--run-name", "stopped"]
+    result = run_interrupted(signum, "after", 2, script, *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (130, "")
+    line = result.stdout.splitlines()[-1]
     assert line.startswith("stopped; go on with: python ")
     assert line.endswith("--run-name stopped --resume")
     assert run(script, *line.split(f"{script}.py ")[1].split(), cwd=tmp_path).returncode == 0
-    assert_same_run(finished, run_dir)
+    assert_same_run(finished, tmp_path / "runs" / "stopped")
 
 
-def test_a_finished_run_is_left_alone(script: str, finished: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
-    result = run(script, *SHORT[script], "--run-name", "whole", "--resume", cwd=finished.parent.parent)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "finished" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+@agents_only
+def test_a_signal_ends_an_evaluation_at_once(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One that would go on for ever; the run goes on from the checkpoint before it, and evaluates again."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    flags = [*SHORT[script], "--total-timesteps", "400", "--eval-frequency", "200", "--resume"]
+
+    def evaluate_for_ever(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *flags, "--run-name", "stopped"])
+        patch.setattr(module, "evaluate", evaluate_for_ever)
+        with pytest.raises(SystemExit, match="130"):
+            module.main()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["progress"]["step"] == 200
+    for name in ("stopped", "whole"):
+        if name == "stopped":  # the folder's lock goes with a process
+            shutil.copytree("runs/stopped", "runs/unlocked")
+            name = "unlocked"
+        assert run(script, *flags, "--run-name", name, cwd=tmp_path).returncode == 0
+    assert_same_run(Path("runs/unlocked"), Path("runs/whole"))
+
+
+def test_a_finished_run_is_left_alone_and_other_flags_are_refused(
+    script: str, finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.parent.parent)
+    before, module, flags = files(finished), importlib.import_module(script), ["--run-name", "whole", "--resume"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *SHORT[script], *flags])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
+    assert "finished" in capsys.readouterr().out
+    length = "--total-timesteps" if script in AGENTS else "--epochs"
+    for other in (["--seed", "7"], [length, "5000"]):
+        message = message_of(module, [*SHORT[script], *flags, *other], capsys, monkeypatch)
+        assert f"{' '.join(other)}: runs/whole was started with" in message
+    assert script not in AGENTS or "length is fixed" in message
+    another = importlib.import_module("dqn_atari" if script != "dqn_atari" else "ddpg_continuous")
+    assert "was started with" in message_of(another, flags, capsys, monkeypatch)
+    assert files(finished) == before
 
 
 @agents_only
 def test_evaluation_repeats_and_records_video(script: str, finished: Path, tmp_path: Path) -> None:
-    """--evaluate gives the figure of result.json, and a video that opens and has pictures, in place of an older one."""
+    """--evaluate gives the figure of result.json, and a video that opens; what lies beside the model stays."""
     shutil.copy(finished / "model.pt", tmp_path)
     (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "old.mp4").touch()
-    result = run(script, "--evaluate", "model.pt", "--eval-episodes", "1", "--capture-video", cwd=tmp_path)
+    (tmp_path / "videos" / "film.txt").write_text("mine")
+    result = run(script, "--evaluate", "model.pt", "--capture-video", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     score = json.loads((finished / "result.json").read_text())["eval_return_mean"]
-    assert f" {score:.1f}, standard deviation" in result.stdout
-    (video,) = (tmp_path / "videos").glob("*.mp4")
+    assert f"eval_return_mean {score:.6g}," in result.stdout
+    (video,) = tmp_path.glob("videos-*/*.mp4")
     with imageio.get_reader(video) as reader:
         frames = reader.count_frames()
         assert reader.get_data(frames // 2).std() > 1
     assert frames >= 200
+    assert (tmp_path / "videos" / "film.txt").read_text() == "mine"
 
 
-def test_a_run_in_use_is_locked(script: str, tmp_path: Path) -> None:
-    flags = [*SHORT[script], "--run-name", "busy", "--resume"]
-    process = spawn([ROOT / f"{script}.py", *flags], tmp_path, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "runs" / "busy" / "args.json").exists():
-        time.sleep(0.02)
-    result = run(script, *flags, cwd=tmp_path)
-    process.kill()
-    process.wait()
-    assert result.returncode == 2
-    assert "another process is training" in result.stderr
+def test_one_process_at_a_time_has_the_folder(
+    script: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also once it is finished: nothing is looked at before the lock is had. Where there are no locks it trains."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "runs/busy")
+    module, flags = importlib.import_module(script), [*SHORT[script], "--run-name", "busy", "--resume"]
+    descriptor = os.open("runs/busy", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert "another process is training in runs/busy" in message_of(module, flags, capsys, monkeypatch)
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
+    os.close(descriptor)
+
+
+def test_names_of_runs_never_collide(script: str, tmp_path: Path) -> None:
+    """Started at once from a shell loop."""
+    module = importlib.import_module(script)
+    args = [module.Args(runs_dir=tmp_path, device="cpu") for _ in range(20)]
+    assert len({module.Run(one, "a/b c").dir for one in args}) == 20
+    assert all(path.name.startswith(f"a-b-c__{script}__1__") for path in tmp_path.iterdir())
 
 
 @agents_only
@@ -186,73 +282,100 @@ def test_a_missing_replay_file_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs/whole").mkdir(parents=True)
-    shutil.copy(finished / "checkpoint.pt", "runs/whole")
-    module = importlib.import_module(script)
+    for name in ("checkpoint.pt", "args.json"):
+        shutil.copy(finished / name, "runs/whole")
     flags = [*SHORT[script], "--run-name", "whole", "--resume"]
-    assert f"{module.REPLAY_FILE} is missing" in message_of(module, flags, capsys, monkeypatch)
-
-
-def test_wandb_not_installed(
-    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(script)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    flags = [*SHORT[script], "--track"]
-    assert "pip install wandb" in message_of(module, flags, capsys, monkeypatch)
-    assert not list(tmp_path.iterdir())
+    assert "is missing or of another size" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
 
 
 @agents_only
-def test_nan_stops_the_run_and_leaves_the_checkpoint(script: str, tmp_path: Path) -> None:
-    flags = [*SHORT[script], "--learning-starts", "200", "--learning-rate", "1e30", "--run-name", "nan"]
-    result = run(script, *flags, cwd=tmp_path)
+def test_space_is_taken_when_the_run_begins_or_it_leaves_nothing(script: str, tmp_path: Path) -> None:
+    """Files may have 1 MB here: one line, and no folder that would be in the way. Else every block is there."""
+    command = [sys.executable, ROOT / f"{script}.py", *SHORT[script], "--buffer-size", "200000"]
+    command = [*map(str, command), "--total-timesteps", "200000"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # noqa: E731
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=DEADLINE)
+    assert result.returncode == 2
+    assert "no room for" in result.stderr
+    assert "give a smaller --buffer-size" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    module = importlib.import_module(script)
+    run = module.Run(module.Args(runs_dir=tmp_path, device="cpu"), "space")
+    run.map_file("frames", np.uint8, (100, 10_000))
+    assert (run.dir / "replay.frames").stat().st_blocks * 512 >= 1_000_000
+
+
+def test_a_full_disk_loses_nothing_before_the_last_checkpoint(script: str, finished: Path, tmp_path: Path) -> None:
+    flags = [*SHORT[script], "--run-name", "full", "--resume"]
+    result = run_interrupted("ENOSPC", "before", 9, script, *flags, cwd=tmp_path, function="fsync")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert {"dqn_atari": "by step 300", "ddpg_continuous": "at step 201"}[script] in result.stderr
-    assert "--learning-rate" in result.stderr
-    checkpoint = torch.load(tmp_path / "runs" / "nan" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["progress"]["global_step"] == 150
+    assert "No space left on device; --resume goes on" in result.stderr
+    assert (tmp_path / "runs" / "full" / "checkpoint.pt").exists()
+    assert run(script, *flags, cwd=tmp_path).returncode == 0
+    assert_same_run(finished, tmp_path / "runs" / "full")
+
+
+@agents_only
+def test_nan_stops_the_run(script: str, tmp_path: Path) -> None:
+    result = run(script, *SHORT[script], "--learning-rate", "1e30", "--run-name", "nan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "losses/" in result.stderr
+    assert "try a lower --learning-rate" in result.stderr
+    assert not (tmp_path / "runs" / "nan" / "result.json").exists()
+
+
+def test_weights_and_biases(script: str, tmp_path: Path) -> None:
+    """The real package, offline: a run under the run's own name, with its flags, once, and the same after a resume."""
+    flags = [*SHORT[script], "--track", "--run-name", "a b:1", "--resume"]
+    wandb = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [
+        "-c",
+        f"import runpy, sys; sys.argv = {[f'{script}.py', *flags]!r}; runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')",
+    ]
+    result = run_python("-W", "default", *command, cwd=tmp_path, **wandb)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "runs" / "a b:1" / "wandb").glob("offline-run-*-a-b-1/run-a-b-1.wandb"))
+
+
+def test_weights_and_biases_not_installed(
+    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = message_of(importlib.import_module(script), [*SHORT[script], "--track"], capsys, monkeypatch)
+    assert "pip install wandb" in message
+    assert not list(tmp_path.iterdir())
 
 
 # --- Bad input that is the same everywhere ----------------------------------------------------------------------------
 
 
 BAD_EVERYWHERE = [
-    ("--batch-size 0", "--batch-size 0"),
-    ("--learning-rate 0", "--learning-rate 0"),
-    ("--learning-rate nan", "--learning-rate nan"),
-    ("--checkpoint-frequency -1", "--checkpoint-frequency -1"),
-    ("--seed 9999999999999999999999", "or more"),
-    ("--device tpu", "--device tpu: choose one of auto, cpu, cuda, mps"),
     ("--resume", "--run-name"),
-    ("--run-name there", "runs/there exists"),
-    ("--run-name ../elsewhere", "--run-name ../elsewhere"),
-    ("--run-name ..", "--run-name ..: must be a plain name"),
-    ("--runs-dir file", "file is no folder"),
-    ("--runs-dir file/sub", "file is no folder"),
-    ("--evaluate no.pt", "there is no file no.pt"),
-    ("--evaluate runs", "there is no file runs"),
-    ("--evaluate truncated.pt", "truncated.pt is damaged"),
-    ("--evaluate code.pt", "code.pt is damaged or not written by"),
-    ("--evaluate other.pt", "other.pt is no model of"),
-    ("--evaluate checkpoint.pt", "checkpoint.pt is no model of"),
-    ("--run-name truncated --resume", "checkpoint.pt is damaged"),
-    ("--run-name other --resume", "checkpoint.pt is no checkpoint of"),
+    ("--run-name there", "runs; --resume goes on with one that exists"),
+    ("--run-name ../elsewhere", "--run-name ../elsewhere: must be a new plain name"),
+    ("--run-name .. --resume", "--run-name ..: must be a new plain name"),
+    (f"--run-name {'n' * 300}", "File name too long"),
+    ("--runs-dir file", "file/"),
+    ("--runs-dir dangling", "dangling"),
+    ("--evaluate no.pt", "no.pt is missing"),
+    ("--evaluate runs", "runs is missing, damaged, or no model"),
+    ("--evaluate truncated.pt", "truncated.pt is missing, damaged"),
+    ("--evaluate code.pt", "code.pt is missing, damaged, or no model of"),
+    ("--evaluate other.pt", "other.pt is missing, damaged, or no model of"),
+    ("--evaluate checkpoint.pt", "checkpoint.pt is missing, damaged, or no model of"),
+    ("--run-name truncated --resume", "checkpoint.pt is missing, damaged"),
+    ("--run-name other --resume", "checkpoint.pt is missing, damaged, or no checkpoint of"),
     ("--run-name whole --resume --learning-rate 0.5", "--learning-rate 0.5: runs/whole was started with"),
 ]
 BAD_FOR_AGENTS = [
-    ("--total-timesteps 0", "--total-timesteps 0: must be greater than 0"),
-    ("--total-timesteps -5", "--total-timesteps -5"),
-    ("--buffer-size -1", "--buffer-size -1"),
-    ("--eval-episodes -1", "--eval-episodes -1"),
-    ("--learning-starts 31", "--learning-starts 31: must not be under --batch-size"),
-    ("--total-timesteps 1000 --learning-starts 1001", "must not exceed --total-timesteps 1000"),
-    ("--buffer-size 31", "--buffer-size 31"),
-    ("--gamma 2", "must lie in [0, 1]"),
-    ("--buffer-size 1000000000000 --total-timesteps 1000000000000", "--buffer-size 1000000000000: needs"),
-    ("--checkpoint-frequency 0 --buffer-size 1000000000000 --total-timesteps 1000000000000", "of memory"),
-    ("--evaluate model.pt --eval-episodes 0", "--eval-episodes 0"),
+    ("--learning-starts 31 --batch-size 32", "--learning-starts 31"),
+    ("--total-timesteps 100000 --learning-starts 100001", "must be --batch-size <= --learning-starts <="),
+    ("--buffer-size 31 --batch-size 32", "--buffer-size 31"),
+    ("--buffer-size 1000000000000 --total-timesteps 1000000000000", "give a smaller --buffer-size"),
 ]
 
 
@@ -275,6 +398,7 @@ def test_bad_input(
     for name in ("there", "truncated", "other", "whole"):
         Path("runs", name).mkdir(parents=True)
     Path("file").touch()
+    Path("dangling").symlink_to("nowhere")
     for name in ("model.pt", "checkpoint.pt"):
         shutil.copy(finished / name, name)
     Path("truncated.pt").write_bytes(Path("model.pt").read_bytes()[:-1000])
@@ -282,22 +406,89 @@ def test_bad_input(
     torch.save({"script": "another"}, "other.pt")
     shutil.copy("truncated.pt", "runs/truncated/checkpoint.pt")
     shutil.copy("other.pt", "runs/other/checkpoint.pt")
-    shutil.copy("checkpoint.pt", "runs/whole/checkpoint.pt")
+    shutil.copy(finished / "args.json", "runs/whole/args.json")
     given = [*(SHORT[script] if "whole" in flags else ()), *flags.split()]
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert expected in message_of(importlib.import_module(script), given, capsys, monkeypatch)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}.keys() == before.keys()
+
+
+BOUNDS = ["--seed -1", "--seed 9999999999999999999999", "--learning-rate 0", "--learning-rate nan", "--batch-size 0"]
+BOUNDS += ["--checkpoint-frequency -1", "--device tpu"]
+
+
+@pytest.mark.parametrize("flags", BOUNDS)
+def test_flags_out_of_their_bounds(
+    script: str, flags: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser's own box names the flag; `--help` shows the bounds."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+def test_help_shows_bounds(script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(script).main()
+    said = capsys.readouterr().out
+    assert "--batch-size" in said
+    assert "INT >= 1" in said
+    assert "FLOAT > 0" in said
+
+
+def test_other_systems_get_a_line(script: str, tmp_path: Path) -> None:
+    """Windows has no fcntl."""
+    command = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({str(ROOT / f'{script}.py')!r})"
+    result = run_python("-c", command, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "Linux and macOS" in result.stderr.splitlines()[-1]
 
 
 # --- The files --------------------------------------------------------------------------------------------------------
 
 
+def source(script: str) -> str:
+    return (ROOT / f"{script}.py").read_text()
+
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def test_the_run_is_the_same_in_every_script() -> None:
+    """Byte for byte, from its line to the end of the file."""
+    assert set(SCRIPTS) >= set(SHORT)
+    lower = {name: source(name)[source(name).index(LINE) :] for name in SCRIPTS}
+    assert len(set(lower.values())) == 1
+
+
+def test_same_names_mean_same_source() -> None:
+    """Above the line too, but for what the run calls: each algorithm has its own. Flags of one name in one section."""
+    sources, flags = defaultdict(set), defaultdict(set)
+    for name in SCRIPTS:
+        text = source(name).split(LINE)[0]
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in (
+                "Args",
+                "train",
+                "evaluate",
+                "check",
+            ):
+                sources[node.name].add(ast.get_source_segment(text, node))
+        section = text.split("    # The run\n")[1].split("\n\n")[0].split('"""\n')
+        for flag in section[:-1]:
+            flags[flag.split(":")[0].strip()].add(flag.strip())
+    assert [name for name, versions in sources.items() if len(versions) > 1] == []
+    assert {name for name, versions in flags.items() if len(versions) > 1} == set()
+
+
 def test_inline_dependencies_are_those_of_requirements_txt(script: str) -> None:
-    block = (ROOT / f"{script}.py").read_text().split("# /// script\n")[1].split("# ///\n")[0]
+    block = source(script).split("# /// script\n")[1].split("# ///\n")[0]
     inline = tomllib.loads("".join(line.removeprefix("# ") for line in block.splitlines(keepends=True)))
-    required = (ROOT / "requirements.txt").read_text().splitlines()
     assert inline["dependencies"]
-    assert set(inline["dependencies"]) <= set(required)
+    assert set(inline["dependencies"]) <= set((ROOT / "requirements.txt").read_text().splitlines())
     assert inline["requires-python"] == ">=3.11"
 
 
@@ -305,72 +496,47 @@ def test_the_file_alone_runs(script: str, tmp_path: Path) -> None:
     """Copied elsewhere, under another name, it needs nothing beside it."""
     shutil.copy(ROOT / f"{script}.py", tmp_path / "mine.py")
     length = ("--total-timesteps", "320") if script in AGENTS else ("--epochs", "2")
-    command = ["-I", "mine.py", *SHORT[script], *length, "--run-name", "alone"]
-    assert spawn(command, tmp_path, stdout=subprocess.DEVNULL).wait() == 0
+    result = run_python("-I", "mine.py", *SHORT[script], *length, "--run-name", "alone", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
     assert json.loads((tmp_path / "runs" / "alone" / "result.json").read_text())["script"] == "mine"
 
 
 def test_every_flag_is_explained(script: str) -> None:
-    (arguments,) = (
-        node
-        for node in ast.parse((ROOT / f"{script}.py").read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == "Args"
-    )
+    (arguments,) = (n for n in ast.parse(source(script)).body if isinstance(n, ast.ClassDef) and n.name == "Args")
     kinds = [type(node) for node in arguments.body]
     assert kinds == [ast.AnnAssign, ast.Expr] * (len(kinds) // 2)
-
-
-# Names that mean something else in each script, and why.
-DIFFERENT = {
-    "Args": "each algorithm has its own flags",
-    "ReplayMemory": "screens that are stacked again when sampled; rows of transitions",
-    "replay_size": "a step may store two screens, but one row",
-    "MLP": "hidden layers that an action joins; with values to look at",
-    "make_env": "Atari's preprocessing; any vectors",
-    "make_optimizer": "the paper's RMSProp; L-BFGS",
-    "evaluate": "Nature's protocol with an epsilon; the actor without noise",
-    "evaluate_model": "the networks to load; tables and predictions",
-    "Progress": "steps and returns; epochs and losses",
-    "log_hyperparameters": "beside the curve of returns; of losses",
-    "main": "a run is named after its environment; after its data",
-    "choose_device": "DQN has a precision to choose",
-    "greedy_action": "an argmax; an actor",
-    "td_targets": "a maximum over actions; a target actor's action",
-    "check_args": "each algorithm has its own flags",
-    "check_training": "the size of a replay memory",
-    "train": "the algorithm",
-}
-
-
-def test_same_names_mean_same_source() -> None:
-    """A function or class that bears the same name in two scripts is the same to the letter."""
-    sources = defaultdict(set)
-    for name in SHORT:
-        text = (ROOT / f"{name}.py").read_text()
-        for node in ast.parse(text).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                sources[node.name].add(ast.get_source_segment(text, node))
-    assert {name for name, versions in sources.items() if len(versions) > 1} == set(DIFFERENT)
 
 
 README_COMMANDS = [
     (script, line.split(f"python {script}.py")[1].split("#")[0].split())
     for line in (ROOT / "README.md").read_text().splitlines()
-    for script in AGENTS
+    for script in SCRIPTS
     if line.startswith("    ") and f"python {script}.py" in line
 ]
 
 
 @pytest.mark.parametrize(("script", "flags"), README_COMMANDS, indirect=["script"])
-def test_readme_commands(script: str, flags: list[str], tmp_path: Path, finished: Path) -> None:
-    """Each command that the README gives for the script runs, cut down to its first steps."""
+def test_readme_commands(script: str, flags: list[str], finished: Path, tmp_path: Path) -> None:
+    """Each command that the README gives for a script runs, cut down to its first steps."""
     shutil.copytree(finished, tmp_path / "runs" / "NAME")
-    if "--evaluate" in flags:
-        flags = [*flags, "--eval-episodes", "1"]
+    rng = np.random.default_rng(0)
+    table = "\n".join(f"{area},{2 * area + 5}" for area in rng.integers(40, 200, 60))
+    (tmp_path / "houses.csv").write_text(f"area,price\n{table}\n")
+    if "houses.csv" in flags or "new.csv" in flags:
+        (tmp_path / "new.csv").write_text("area\n70\n90\n")
+        trained = run(script, "--data", "houses.csv", "--target", "price", "--epochs", "2", cwd=tmp_path)
+        assert trained.returncode == 0
+        shutil.rmtree(tmp_path / "runs" / "NAME")
+        next((tmp_path / "runs").glob("houses*")).rename(tmp_path / "runs" / "NAME")
+    if "--help" in flags:
+        flags = flags[:1]
+    elif "--evaluate" in flags:
+        flags = [*flags, *(["--eval-episodes", "1"] if script in AGENTS else [])]
+    elif script in AGENTS:
+        batch_size = flags[flags.index("--batch-size") + 1] if "--batch-size" in flags else "256"
+        flags = [*flags, "--total-timesteps", "300", "--learning-starts", batch_size, "--buffer-size", "400"]
+        flags = [*flags, "--eval-episodes", "0"]
     else:
-        buffer_size = min(400, int(flags[flags.index("--buffer-size") + 1])) if "--buffer-size" in flags else 400
-        batch_size = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else 256
-        flags = [*flags, "--total-timesteps", str(batch_size + 40), "--learning-starts", str(batch_size)]
-        flags = [*flags, "--buffer-size", str(buffer_size), "--eval-episodes", "0"]
+        flags = [*flags, "--epochs", "2", "--restarts", "1"]
     result = run(script, *flags, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
