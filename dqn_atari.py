@@ -486,7 +486,7 @@ def number(kind: type, low: float, high: float, words: str) -> PrimitiveConstruc
 
 Count = Annotated[int, number(int, 1, 2**62, "INT >= 1")]
 Natural = Annotated[int, number(int, 0, 2**62, "INT >= 0")]
-Positive = Annotated[float, number(float, 5e-324, 1e300, "FLOAT > 0")]
+Positive = Annotated[float, number(float, 1e-300, 1e300, "FLOAT > 0")]
 NonNegative = Annotated[float, number(float, 0, 1e300, "FLOAT >= 0")]
 Fraction = Annotated[float, number(float, 0, 1, "FLOAT from 0 to 1")]
 
@@ -544,11 +544,11 @@ class Run:
             fail(
                 f"--run-name {name}: must be a plain and new name in {args.runs_dir}; --resume goes on with an old one"
             )
+        fcntl = importlib.import_module("fcntl")  # Windows has none
         self.wandb = importlib.import_module("wandb") if args.track else None
         self.made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
         self.dir.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl = importlib.import_module("fcntl")  # Windows has none
             fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # any other than this one is of a file system without locks
             if isinstance(error, BlockingIOError):
@@ -556,7 +556,8 @@ class Run:
         if (self.dir / "args.json").exists():
             check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
         if (self.dir / "result.json").exists():
-            raise SystemExit(print(f"{self.dir} is finished: see its result.json"))
+            print(f"{self.dir} is finished: see its result.json")
+            raise SystemExit(0)
         if (self.dir / "checkpoint.pt").exists():
             self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
         torch.manual_seed(args.seed)
@@ -705,6 +706,8 @@ def main() -> None:
     try:
         if args.evaluate:
             content = load(args.evaluate, "model")
+            if content["args"].keys() != vars(args).keys() - FREE:
+                fail(f"{args.evaluate} is of another version of {SCRIPT}.py")
             args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
             check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
             check(args)
@@ -721,7 +724,7 @@ def main() -> None:
         print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
-        fail(f"{error}; pip install it, or, for what pip does not have, use Linux or macOS")
+        fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
     except OSError as error:  # a full disk, a folder that cannot be written to
         hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
         fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")

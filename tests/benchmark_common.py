@@ -14,6 +14,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 FIRST_UPDATE = 1_000
+WARM_UP = 200  # steps with updates that do not count: JAX compiles in them
 
 
 @dataclasses.dataclass
@@ -40,14 +41,14 @@ def ours(script: str, args: Args, flags: dict[str, object]) -> float:
         return json.loads((Path(folder) / "benchmark" / "result.json").read_text())["steps_per_second"]
 
 
-def theirs(args: Args) -> float:
-    """Steps per second that the benchmark prints when it is called with "theirs", the steps and the device."""
-    command = [sys.executable, sys.argv[0], "theirs", str(args.steps), args.device]
+def theirs(args: Args, library: str) -> float:
+    """Steps per second that the benchmark prints when called with "theirs", a library, steps and device."""
+    command = [sys.executable, sys.argv[0], "theirs", library, str(args.steps), args.device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def time_stable_baselines3(model, steps: int) -> None:
-    """Trains a model of stable-baselines3, and prints its steps per second from the first update on."""
+def time_peer(model, steps: int) -> None:
+    """Trains a model with stable-baselines3's interface, and prints its steps per second once it is warm."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -55,27 +56,27 @@ def time_stable_baselines3(model, steps: int) -> None:
         start = 0.0
 
         def _on_step(self) -> bool:
-            if self.num_timesteps == FIRST_UPDATE:
+            if self.num_timesteps == FIRST_UPDATE + WARM_UP:
                 self.start = time.perf_counter()
             return True
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     stopwatch = Stopwatch()
-    model.learn(FIRST_UPDATE + steps, callback=stopwatch)
+    model.learn(FIRST_UPDATE + WARM_UP + steps, callback=stopwatch)
     print(steps / (time.perf_counter() - stopwatch.start))
 
 
 def print_table(args: Args, programs: dict[str, Callable[[], float]]) -> None:
-    """Medians over the rounds, with the lowest and highest; the last program is the one to compare with."""
-    *own, peer = programs
-    names = ["threads", *(f"{name}, steps/s" for name in programs), *(f"{name} / {peer}" for name in own)]
+    """Medians over the rounds, with the lowest and highest; ratios are those of the first program within a round."""
+    own, *peers = programs
+    names = ["threads", *(f"{name}, steps/s" for name in programs), *(f"{own} / {peer}" for peer in peers)]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for threads in args.threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         rates = np.array([[program() for program in programs.values()] for _ in range(args.rounds)])
         cells = [
             f"{np.median(column):.{digits}f} ({column.min():.{digits}f} to {column.max():.{digits}f})"
-            for columns, digits in ((rates, 0), (rates[:, :-1] / rates[:, -1:], 2))
+            for columns, digits in ((rates, 0), (rates[:, :1] / rates[:, 1:], 2))
             for column in columns.T
         ]
         print(f"| {threads} | {' | '.join(cells)} |", flush=True)

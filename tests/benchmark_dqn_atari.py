@@ -5,6 +5,7 @@
 
 Both train on the same game with batches of 32, an update every 4 steps, epsilon 0.05 and float32 screens in [0, 1] of
 the same preprocessing; the speed counts from the first update on. Machines drift: only the ratio within a round tells.
+"layers" is what the network alone would reach, without emulator, memory and optimizer.
 """
 
 # /// script
@@ -18,11 +19,13 @@ the same preprocessing; the speed counts from the first update on. Machines drif
 #     "stable-baselines3==2.9.2",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
+#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
 
 import dataclasses
+import os
 import resource
 import subprocess
 import sys
@@ -33,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from benchmark_common import FIRST_UPDATE, ROOT, ours, print_table, theirs, time_stable_baselines3
+from benchmark_common import FIRST_UPDATE, ROOT, WARM_UP, ours, print_table, theirs, time_peer
 from benchmark_common import Args as CommonArgs
 
 ENV_ID = "BreakoutNoFrameskip-v4"  # no frame skip, no stickiness
@@ -57,7 +60,7 @@ def run_stable_baselines3(steps: int, device: str) -> None:
         "CnnPolicy",
         VecFrameStack(make_atari_env(ENV_ID, n_envs=1, seed=1), 4),
         learning_rate=1e-4,
-        buffer_size=FIRST_UPDATE + steps,
+        buffer_size=FIRST_UPDATE + WARM_UP + steps,
         learning_starts=FIRST_UPDATE,
         batch_size=32,
         train_freq=4,
@@ -67,7 +70,25 @@ def run_stable_baselines3(steps: int, device: str) -> None:
         device=device,
         seed=1,
     )
-    time_stable_baselines3(model, steps)
+    time_peer(model, steps)
+
+
+def run_layers() -> None:
+    """What the layers alone would reach: for every four steps, four actions, two batches forward, one backward."""
+    sys.path.insert(0, str(ROOT))
+    import dqn_atari as dqn
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    network, obs = dqn.QNetwork(n_actions=4), torch.zeros(32, 4, 84, 84, dtype=torch.uint8)
+    for count in (10, 60):  # the first warms up
+        start = time.perf_counter()
+        for _ in range(count):
+            for _ in range(4):
+                network.act(obs[:1])
+            with torch.no_grad():
+                network(obs)
+            network(obs).sum().backward()
+    print(4 * count / (time.perf_counter() - start))
 
 
 def measure_memory() -> None:
@@ -75,45 +96,48 @@ def measure_memory() -> None:
     sys.path.insert(0, str(ROOT))
     import dqn_atari as dqn
 
-    args = dqn.Args()
-    network = dqn.QNetwork(n_actions=18)
-    weights = [parameter.detach() for parameter in network.parameters()]
-    optimizer = dqn.make_optimizer(args, weights)
-    dqn.gradient_step(network(torch.zeros(1, 4, 84, 84, dtype=torch.uint8)).sum(), network, weights, optimizer)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        capacity, spare = dqn.replay_size(args)
-        path = Path(folder) / dqn.REPLAY_FILE
-        memory = dqn.ReplayMemory(capacity, spare, np.random.default_rng(1), torch.device("cpu"), path)
+        run = dqn.Run(dqn.Args(runs_dir=Path(folder), run_name="memory", device="cpu"), "memory")
+        capacity, frequency = run.args.buffer_size, run.args.checkpoint_frequency
+        shape = (capacity + 2 * frequency, dqn.FRAME_SIZE, dqn.FRAME_SIZE)
+        network = dqn.QNetwork(n_actions=18)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        network(torch.zeros(1, 4, 84, 84, dtype=torch.uint8)).sum().backward()
+        optimizer.step()
+        screens, steps = (
+            run.map_file("screens", np.uint8, shape),
+            run.map_file("steps", dqn.FrameMemory.STEP, shape[:1]),
+        )
+        memory = dqn.FrameMemory(capacity, screens, steps, run.rng, run.device)
+        run.restore(memory=memory, network=network, optimizer=optimizer)
         screens = np.random.default_rng(1).integers(0, 256, (100, 84, 84), np.uint8)
-        memory.begin_episode(screens[0])
+        memory.push(screens[0])
         pauses = []
-        for step in range(1, capacity + 5 * spare):
+        for step in range(1, capacity + 5 * frequency):
             memory.append(0, 0.0, False, screens[step % 100])
-            if step % spare == 0:
+            if step % frequency == 0:
                 start = time.perf_counter()
-                content = {"memory": memory.state_dict(), "optimizer": optimizer.state_dict(), "weights": weights}
-                dqn.save(Path(folder) / "checkpoint.pt", content)
+                run.save_checkpoint()
                 pauses.append(time.perf_counter() - start)
         memory.sample(32)
-        full = pauses[capacity // spare :]
-        print(f"replay file {path.stat().st_size / 1e9:.2f} GB for {capacity:,} screens and {spare:,} spare places")
+        full, size = pauses[capacity // frequency :], sum(path.stat().st_size for path in run.dir.glob("replay.*"))
+        print(f"replay files {size / 1e9:.2f} GB for {capacity:,} screens and {2 * frequency:,} spare places")
         print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
-        print(
-            f"pause of a checkpoint: median {np.median(full):.2f} s, longest {max(full):.2f} s, no screen yet on disk"
-        )
+        print(f"pause of a checkpoint: median {np.median(full):.2f} s, longest {max(full):.2f} s")
 
 
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
-        return run_stable_baselines3(int(sys.argv[2]), sys.argv[3])
+        library, steps, device = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+        return run_layers() if library == "layers" else run_stable_baselines3(steps, device)
     if sys.argv[1:] == ["memory"]:
         return measure_memory()
     args = tyro.cli(Args, description=__doc__)
     flags = {"--env-id": ENV_ID, "--start-e": 0.05, "--end-e": 0.05}
     programs = {
         "this script": lambda: ours("dqn_atari.py", args, flags),
-        "in float32": lambda: ours("dqn_atari.py", args, flags | {"--precision": "float32"}),
-        "stable-baselines3": lambda: theirs(args),
+        "stable-baselines3": lambda: theirs(args, "stable-baselines3"),
+        "layers": lambda: theirs(args, "layers"),
     }
     print_table(args, programs)
     if args.memory:

@@ -18,6 +18,7 @@ deviations. A table of 1,000,000 rows by 20 columns: seconds and peak memory of 
 #     "statsmodels==0.15.0",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
+#     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 #     "vega-datasets==0.9.0",
 # ]
@@ -141,11 +142,9 @@ def compare_fit(name: str, frame: pd.DataFrame, target: str) -> None:
             flags = ["--data", path, "--target", target, "--seed", seed, "--runs-dir", folder, "--run-name", f"r{seed}"]
             subprocess.run([sys.executable, SCRIPT, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
             result = json.loads((Path(folder) / f"r{seed}" / "result.json").read_text())
-            args = mlp.Args(seed=seed, data=path, target=(target,))
+            args = mlp.Args(seed=seed, data=str(path), target=(target,))
             mlp.fill_defaults(args)
-            with open(os.devnull, "w") as sys.stdout:
-                parts, _ = mlp.make_data(args)
-            sys.stdout = sys.__stdout__
+            parts, _ = mlp.make_data(args, quiet=True)
             # Its early stopping splits off its own validation examples.
             x, y = (np.concatenate([parts["training"][i], parts["validation"][i]]) for i in (0, 1))
             theirs = TransformedTargetRegressor(

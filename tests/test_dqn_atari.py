@@ -1,7 +1,11 @@
 """Tests of dqn_atari.py against independent oracles; each says what it compares with."""
 
+import copy
+import io
 import json
-import pickle
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ale_py
@@ -9,13 +13,28 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from common import message_of
+import torch.nn.functional as F
+from common import message_of, scalars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dqn_atari as dqn
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """A training in this process handles signals; afterwards pytest does again."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def make_run(tmp_path: Path, **flags: object) -> dqn.Run:
+    args = dqn.Args(runs_dir=tmp_path, run_name="it", device="cpu", **flags)
+    return dqn.Run(args, dqn.check(args))
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -28,6 +47,12 @@ class NoNoops:
         return 0
 
 
+def make_memory(capacity: int, spare: int, rng: object) -> dqn.FrameMemory:
+    slots = capacity + spare
+    screens, steps = np.zeros((slots, 84, 84), np.uint8), np.zeros(slots, dqn.FrameMemory.STEP)
+    return dqn.FrameMemory(capacity, screens, steps, rng, CPU)
+
+
 @pytest.mark.parametrize("game", ["Pong", "Breakout", "SpaceInvaders", "BeamRider", "MsPacman"])
 def test_preprocessing_equals_ale_vector_env(game: str) -> None:
     """Frame by frame against ALE's own preprocessing in C++, across life losses and a game over.
@@ -38,25 +63,21 @@ def test_preprocessing_equals_ale_vector_env(game: str) -> None:
         game, game.lower()
     )
     theirs = ale_py.AtariVectorEnv(rom, num_envs=1, noop_max=0, use_fire_reset=False, reward_clipping=False)
-    ours = dqn.AtariPreprocessing(
-        gym.make(f"ALE/{game}-v5", repeat_action_probability=0.0, **dqn.RAW_SCREENS), NoNoops()
-    )
+    ours = dqn.make_atari(dqn.Args(env_id=f"ALE/{game}-v5"), NoNoops())
     obs, _ = theirs.reset(seed=3)
-    frame, _ = ours.reset(seed=3)
-    memory = dqn.ReplayMemory(10_000, 0, NoNoops(), CPU)
-    memory.begin_episode(frame)
+    memory = make_memory(4_000, 0, NoNoops())
+    memory.push(ours.reset(seed=3)[0])
     rng = np.random.default_rng(0)
     over, games, lives_lost = False, 0, 0
     while games < 2:
         action = int(rng.integers(ours.action_space.n))
         obs, their_reward, their_terminated, _, their_info = theirs.step(np.array([action]))
         if over:  # their next step starts the next game
-            frame, _ = ours.reset()
-            memory.begin_episode(frame)
+            memory.push(ours.reset()[0])
             over, games = False, games + 1
         else:
-            frame, reward, over, _, info = ours.step(action)
-            memory.append(action, reward, over, frame)
+            screen, reward, over, _, info = ours.step(action)
+            memory.append(action, reward, over, screen)
             lives_lost += info["life_lost"]
             assert reward == their_reward[0]
             assert over == their_terminated[0]
@@ -104,16 +125,16 @@ class ScriptedLives(gym.Env):
 
 def test_action_repeat_lives_and_ends() -> None:
     env = dqn.AtariPreprocessing(ScriptedLives("33332222221111", terminated_at=10), NoNoops())
-    frame, _ = env.reset()
-    assert frame.shape == (84, 84)
-    assert (frame == 0).all()
-    frame, reward, terminated, truncated, info = env.step(0)  # raw frames 1 to 4; a life is lost in the fourth
-    assert (frame == 4).all()
+    screen, _ = env.reset()
+    assert screen.shape == (84, 84)
+    assert (screen == 0).all()
+    screen, reward, terminated, truncated, info = env.step(0)  # raw frames 1 to 4; a life is lost in the fourth
+    assert (screen == 4).all()
     assert (reward, terminated, truncated, info["life_lost"]) == (2.0, False, False, True)
-    frame, reward, terminated, truncated, info = env.step(0)  # 5 to 8
+    screen, reward, terminated, truncated, info = env.step(0)  # 5 to 8
     assert (reward, terminated, truncated, info["life_lost"]) == (2.0, False, False, False)
-    frame, reward, terminated, truncated, info = env.step(0)  # 9 and 10: the game ends within the repetition
-    assert (frame == 10).all()
+    screen, reward, terminated, truncated, info = env.step(0)  # 9 and 10: the game ends within the repetition
+    assert (screen == 10).all()
     assert (reward, terminated, truncated) == (1.0, True, False)
     env = dqn.AtariPreprocessing(ScriptedLives("33333", truncated_at=3), NoNoops())
     env.reset()
@@ -125,19 +146,11 @@ def test_noops_are_drawn_from_0_to_30() -> None:
     assert {int(env.reset()[0][0, 0]) for _ in range(1000)} == set(range(31))
 
 
-def test_sticky_actions_and_time_limit_reach_the_emulator() -> None:
-    args = dqn.Args(sticky_actions=0.25)
-    assert dqn.make_env(args, NoNoops()).unwrapped.ale.getFloat("repeat_action_probability") == 0.25
-    env = dqn.make_eval_env(args, NoNoops(), Path())
-    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0.25
-    assert env.unwrapped.ale.getInt("max_num_frames_per_episode") == 18_000
-
-
 @pytest.mark.parametrize("game", ["Pong", "Breakout", "Qbert", "Tetris"])
 def test_emulator_state_goes_on_as_if_never_stopped(game: str) -> None:
     """At many moments, with actions that stick nearly always, and in a game whose emulator state is incomplete."""
     args = dqn.Args(env_id=f"ALE/{game}-v5", sticky_actions=0.9)
-    env, restored = (dqn.make_env(args, np.random.default_rng(0)) for _ in range(2))
+    env, restored = (dqn.make_atari(args, np.random.default_rng(seed)) for seed in (0, 1))
     env.reset(seed=1)
     restored.reset(seed=2)
     rng = np.random.default_rng(2)
@@ -147,11 +160,14 @@ def test_emulator_state_goes_on_as_if_never_stopped(game: str) -> None:
                 env.reset()
         for _ in range(rng.integers(20)):  # whatever came before
             restored.step(0)
-        restored.set_state(pickle.loads(pickle.dumps(env.get_state())))
+        file = io.BytesIO()
+        torch.save(env.state_dict(), file)
+        file.seek(0)
+        restored.load_state_dict(torch.load(file, weights_only=True))
         for _ in range(6):
             action = int(rng.integers(4))
-            (frame, *rest), (restored_frame, *restored_rest) = env.step(action), restored.step(action)
-            assert (frame == restored_frame).all()
+            (screen, *rest), (restored_screen, *restored_rest) = env.step(action), restored.step(action)
+            assert (screen == restored_screen).all()
             assert rest == restored_rest
             if rest[1]:
                 env.reset()
@@ -162,18 +178,17 @@ def test_emulator_state_goes_on_as_if_never_stopped(game: str) -> None:
 
 
 class NaiveMemory:
-    """Stores whole stacks, with a flag for each screen in use; the oracle of the ring."""
+    """Stores whole stacks, with the oldest screen that each transition needs; the oracle of the ring."""
 
     def __init__(self, capacity: int):
         self.capacity, self.transitions, self.screens = capacity, [], 0
 
-    def begin_episode(self, frame: np.ndarray) -> None:
-        self.stack = [np.zeros_like(frame)] * 3 + [frame]
-        self.age = 0
+    def push(self, screen: np.ndarray) -> None:
+        self.stack = [np.zeros_like(screen)] * 3 + [screen]
         self.screens += 1
 
-    def append(self, action: int, reward: float, terminated: bool, frame: np.ndarray) -> None:
-        next_stack = [*self.stack[1:], frame]
+    def append(self, action: int, reward: float, terminated: bool, screen: np.ndarray) -> None:
+        next_stack = [*self.stack[1:], screen]
         oldest_needed = self.screens - 4  # the ring's oldest screen that any stack of this transition may touch
         self.transitions.append((np.array(self.stack), action, reward, terminated, np.array(next_stack), oldest_needed))
         self.stack = next_stack
@@ -198,19 +213,19 @@ def key(obs: object, action: object, reward: object, terminated: object, next_ob
 def test_replay_equals_naive_memory(capacity: int, spare: int, episodes: list[int], seed: int) -> None:
     """Every transition that the naive memory holds is drawn, and none other, at every size and after every wrap."""
     rng = np.random.default_rng(seed)
-    memory, naive = dqn.ReplayMemory(capacity, spare, rng, CPU), NaiveMemory(capacity)
+    memory, naive = make_memory(capacity, spare, rng), NaiveMemory(capacity)
     shade = 0
     for length in episodes:
         for t in range(length + 1):
             shade += 1
-            frame = np.full((84, 84), shade % 251 + 1, np.uint8)
+            screen = np.full((84, 84), shade % 251 + 1, np.uint8)
             if t == 0:
-                memory.begin_episode(frame)
-                naive.begin_episode(frame)
+                memory.push(screen)
+                naive.push(screen)
             else:
-                transition = (int(rng.integers(18)), float(rng.integers(-1, 2)), t == length and shade % 2 == 0, frame)
-                memory.append(*transition)
-                naive.append(*transition)
+                row = (int(rng.integers(18)), float(rng.integers(-1, 2)), t == length and shade % 2 == 0, screen)
+                memory.append(*row)
+                naive.append(*row)
                 assert (memory.newest_obs().numpy()[0] == np.array(naive.stack)).all()
     expected = {key(*transition[:5]) for transition in naive.drawable()}
     drawn = set()
@@ -221,37 +236,48 @@ def test_replay_equals_naive_memory(capacity: int, spare: int, episodes: list[in
 
 
 def test_replay_draws_uniformly() -> None:
-    memory = dqn.ReplayMemory(1000, 0, np.random.default_rng(0), CPU)
-    memory.begin_episode(np.zeros((84, 84), np.uint8))
-    for action in range(100):
+    """Also beside the end of an episode, where draws are repeated: 110 steps in two episodes."""
+    memory = make_memory(1000, 0, np.random.default_rng(0))
+    for action in range(110):
+        if action % 55 == 0:
+            memory.push(np.zeros((84, 84), np.uint8))
         memory.append(action, 0.0, False, np.zeros((84, 84), np.uint8))
-    counts = np.bincount(np.concatenate([memory.sample(1000)[1].numpy() for _ in range(50)]), minlength=100)
+    counts = np.bincount(np.concatenate([memory.sample(1000)[1].numpy() for _ in range(55)]), minlength=110)
     chi_squared = ((counts - 500) ** 2 / 500).sum()
-    assert chi_squared < 150  # 99 degrees of freedom: exceeded with a probability of 0.001
+    assert chi_squared < 162  # 109 degrees of freedom: exceeded with a probability of 0.001
 
 
 def test_what_a_checkpoint_refers_to_outlives_the_spare_places(tmp_path: Path) -> None:
-    """A memory restored from its file, after as many further screens as there are spare places, holds the same."""
+    """A memory restored from its files, after as many further screens as there are spare places, holds the same."""
     capacity, spare = 20, 7
-    memory = dqn.ReplayMemory(capacity, spare, np.random.default_rng(0), CPU, tmp_path / "frames")
+    run = make_run(tmp_path)
 
-    def grow(count: int) -> None:
-        for _ in range(count):
-            memory.append(memory.count % 18, 1.0, False, np.full((84, 84), memory.count % 256, np.uint8))
+    def map_memory(seed: int) -> dqn.FrameMemory:
+        screens = run.map_file("screens", np.uint8, (capacity + spare, 84, 84))
+        steps = run.map_file("steps", dqn.FrameMemory.STEP, (capacity + spare,))
+        return dqn.FrameMemory(capacity, screens, steps, np.random.default_rng(seed), CPU)
 
-    memory.begin_episode(np.zeros((84, 84), np.uint8))
-    grow(90)
+    def grow(memory: dqn.FrameMemory) -> None:
+        if memory.count % 6 == 0:  # the checkpoint's newest transition is an episode's last
+            memory.push(np.full((84, 84), memory.count, np.uint8))
+        else:
+            memory.append(memory.count % 18, 1.0, memory.count % 5 == 0, np.full((84, 84), memory.count, np.uint8))
+
+    memory = map_memory(0)
+    for _ in range(90):
+        grow(memory)
     state = memory.state_dict()
     memory.rng = np.random.default_rng(1)
-    before = memory.sample(200)
+    before = [*memory.sample(200), memory.newest_obs()]
     for _ in range(spare):
-        grow(1)
-        restored = dqn.ReplayMemory(capacity, spare, np.random.default_rng(1), CPU, tmp_path / "frames")
+        grow(memory)
+        restored = map_memory(1)
         restored.load_state_dict(state)
-        assert all(torch.equal(a, b) for a, b in zip(before, restored.sample(200), strict=True))
-    grow(1)  # one screen more than there is room for: the oldest that the checkpoint refers to is gone
+        after = [*restored.sample(200), restored.newest_obs()]
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    grow(memory)  # one screen more than there is room for: the oldest that the checkpoint refers to is gone
     oldest = state["count"] - capacity
-    assert memory.frames[oldest % (capacity + spare), 0, 0] != oldest
+    assert memory.screens[oldest % (capacity + spare), 0, 0] != oldest
 
 
 # --- The update -------------------------------------------------------------------------------------------------------
@@ -278,60 +304,33 @@ def test_update_equals_hand_calculation() -> None:
     torch.testing.assert_close(q_value.grad, torch.tensor([0.0, -0.5, 1.0, 1.0, 0.0, -0.5]) / 6)
 
 
+def papers_network(weights: list[torch.Tensor], obs: torch.Tensor) -> torch.Tensor:
+    """The paper's network in functions, from uint8."""
+    w1, b1, w2, b2, w3, b3, w4, b4, w5, b5 = weights
+    x = F.relu(F.conv2d(obs.to(w1.dtype) / 255, w1, b1, stride=4))
+    x = F.relu(F.conv2d(x, w2, b2, stride=2))
+    x = F.relu(F.conv2d(x, w3, b3)).flatten(1)
+    return F.relu(x @ w4.T + b4) @ w5.T + b5
+
+
 def test_network_is_the_papers() -> None:
-    """Against the same network written with torch.nn.functional in float64; uint8 in, scaled inside."""
+    """Against functions in float64; observations, also of floats, stay as they are."""
     network = dqn.QNetwork(6)
     shapes = [tuple(parameter.shape) for parameter in network.parameters() if parameter.dim() > 1]
     assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (6, 512)]
     obs = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
-    (w1, b1, w2, b2, w3, b3, w4, b4, w5, b5) = [parameter.double() for parameter in network.parameters()]
-    f = torch.nn.functional
-    x = f.relu(f.conv2d(obs.double() / 255, w1, b1, stride=4))
-    x = f.relu(f.conv2d(x, w2, b2, stride=2))
-    x = f.relu(f.conv2d(x, w3, b3)).flatten(1)
-    expected = f.relu(x @ w4.T + b4) @ w5.T + b5
-    torch.testing.assert_close(network(obs).double(), expected, rtol=1e-4, atol=1e-5)
-    network.features.to(torch.bfloat16)
-    assert network(obs).dtype == torch.float32
-    torch.testing.assert_close(network(obs).double(), expected, rtol=0.1, atol=0.01)
+    expected = papers_network([parameter.double() for parameter in network.parameters()], obs)
+    for given_obs in (obs, obs.float()):
+        torch.testing.assert_close(network(given_obs).double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(given_obs.to(torch.uint8), obs)
+        assert network.act(given_obs[:1]) == expected[0].argmax()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_step_equals_textbook_optimizer(optimizer: str, dtype: torch.dtype) -> None:
-    """Two steps against the optimizer's formula in NumPy; in bfloat16 the float32 weights still move by the formula."""
-    args = dqn.Args(optimizer=optimizer, learning_rate=1e-3, optimizer_eps=0.1)
-    network = torch.nn.Linear(3, 2, bias=False)
-    weights = [parameter.detach().clone() for parameter in network.parameters()]
-    network.to(dtype)
-    step = dqn.make_optimizer(args, weights)
-    x = torch.tensor([[1.0, -2.0, 0.5], [0.25, 1.0, 4.0]], dtype=dtype)
-    w, m, v = weights[0].double().numpy().copy(), 0.0, 0.0
-    for t in (1, 2):
-        loss = (network(x) ** 2).sum().float()
-        dqn.gradient_step(loss, network, weights, step)
-        grad = network.weight.grad.double().numpy()
-        if optimizer == "adam":
-            m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
-            w = w - 1e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 0.1)
-        else:
-            m, v = 0.95 * m + 0.05 * grad, 0.95 * v + 0.05 * grad**2
-            w = w - 1e-3 * grad / np.sqrt(v - m**2 + 0.1)
-        np.testing.assert_allclose(weights[0].numpy(), w, rtol=1e-4, atol=1e-6)
-        assert torch.equal(network.weight.data, weights[0].to(dtype))
-
-
-def test_schedule() -> None:
-    epsilons = [dqn.linear_schedule(1.0, 0.1, 100, step) for step in (0, 50, 100, 1000)]
-    assert epsilons == pytest.approx([1.0, 0.55, 0.1, 0.1])
-    assert dqn.linear_schedule(1.0, 0.1, 0, 0) == 0.1
-
-
-# --- It learns --------------------------------------------------------------------------------------------------------
+# --- The loop ---------------------------------------------------------------------------------------------------------
 
 
 class Catch(gym.Env):
-    """A ball falls through seven rows of a 7 x 7 board; the paddle in the last row moves left, stays or moves right.
+    """A ball falls through four rows of a 4 x 4 board; the paddle in the last row moves left, stays or moves right.
 
     Screens of 84 x 84 with the interface of AtariPreprocessing. The return is 1 for a ball caught, -1 for one missed.
     """
@@ -343,39 +342,112 @@ class Catch(gym.Env):
         self.rng = rng
 
     def screen(self) -> np.ndarray:
-        board = np.zeros((7, 7), np.uint8)
+        board = np.zeros((4, 4), np.uint8)
         board[self.row, self.column] = 255
-        board[6, self.paddle] = 255
-        return board.repeat(12, axis=0).repeat(12, axis=1)
+        board[3, self.paddle] = 255
+        return board.repeat(21, axis=0).repeat(21, axis=1)
 
     def reset(self, **_: object) -> tuple[np.ndarray, dict]:
-        self.row, self.column, self.paddle = 0, int(self.rng.integers(7)), int(self.rng.integers(7))
+        self.row, self.column, self.paddle = 0, int(self.rng.integers(4)), int(self.rng.integers(4))
         return self.screen(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.paddle = min(6, max(0, self.paddle + action - 1))
+        self.paddle = min(3, max(0, self.paddle + action - 1))
         self.row += 1
-        over = self.row == 6
+        over = self.row == 3
         reward = (1.0 if self.column == self.paddle else -1.0) if over else 0.0
         return self.screen(), reward, over, False, {"life_lost": False}
 
+    def state_dict(self) -> dict:
+        return {}
 
-def test_it_learns_to_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script's own loop, network, replay and update reach a near-perfect score from screens."""
-    monkeypatch.setattr(dqn, "make_env", lambda args, rng: Catch(rng))
-    monkeypatch.setattr(dqn, "make_eval_env", lambda args, rng, video_dir: Catch(rng))
-    monkeypatch.setattr(dqn, "EVAL_EPSILON", 0.0)
-    args = dqn.Args(
-        **{"runs_dir": tmp_path, "run_name": "catch", "total_timesteps": 6_000, "learning_starts": 500, "gamma": 0.9},
-        **{
-            "exploration_fraction": 0.5,
-            "target_network_frequency": 200,
-            "checkpoint_frequency": 0,
-            "eval_episodes": 100,
-        },
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Puts an environment in the place of Atari's, in training and evaluation."""
+
+    def put(env: type[gym.Env]) -> None:
+        monkeypatch.setattr(dqn, "make_atari", lambda args, rng, video_dir=None, **limits: env(rng))
+
+    return put
+
+
+@pytest.mark.parametrize(("optimizer", "loss"), [("adam", "mse"), ("rmsprop", "huber")])
+def test_seven_updates_by_hand(
+    optimizer: str, loss: str, tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights after updates at steps 32, 34, ... 44 on the minibatches that the memory gave, copied at 35 and 40.
+
+    The optimizers are the textbook's formulas, of RMSProp the paper's; the networks are functions of weights.
+    """
+    play(Catch)
+    batches, sample = [], dqn.FrameMemory.sample
+    monkeypatch.setattr(dqn.FrameMemory, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
+    flags = {"total_timesteps": 44, "learning_starts": 32, "train_frequency": 2, "target_network_frequency": 5}
+    flags |= {"optimizer": optimizer, "loss": loss, "learning_rate": 1e-3, "optimizer_eps": 1e-2}
+    run = make_run(tmp_path, **flags)
+    torch.manual_seed(7)
+    weights = [weight.detach().clone() for weight in dqn.QNetwork(3).parameters()]
+    torch.manual_seed(7)
+    model = dqn.train(run.args, run)
+    target, first, second = copy.deepcopy(weights), [0.0] * 10, [0.0] * 10
+    assert len(batches) == 7
+    for count, (step, batch) in enumerate(zip(range(32, 46, 2), batches, strict=True), start=1):
+        obs, action, reward, next_obs, terminated = batch
+        y = reward + 0.99 * (1 - terminated) * papers_network(target, next_obs).max(dim=1).values
+        variables = [weight.requires_grad_() for weight in weights]
+        error = y - papers_network(variables, obs)[range(32), action]
+        clipped = torch.where(error.abs() < 1, error**2 / 2, error.abs() - 0.5)
+        gradients = torch.autograd.grad((error**2 if loss == "mse" else clipped).sum() / 32, variables)
+        weights = [weight.detach() for weight in weights]
+        for i, g in enumerate(gradients):
+            if optimizer == "adam":
+                first[i], second[i] = 0.9 * first[i] + 0.1 * g, 0.999 * second[i] + 0.001 * g**2
+                root = (second[i] / (1 - 0.999**count)).sqrt() + 1e-2
+                weights[i] = weights[i] - 1e-3 * first[i] / (1 - 0.9**count) / root
+            else:
+                first[i], second[i] = 0.95 * first[i] + 0.05 * g, 0.95 * second[i] + 0.05 * g**2
+                weights[i] = weights[i] - 1e-3 * g / (second[i] - first[i] ** 2 + 1e-2).sqrt()
+        if step in (34, 40):  # copied at 35, before the update at 36, and at 40, after that one
+            target = copy.deepcopy(weights)
+    assert {float(t) for batch in batches for t in batch[4]} == {0.0, 1.0}
+    parts = torch.load(run.dir / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(
+        torch.equal(w, v) for w, v in zip(model["q_network"].parameters(), parts["q_network"].values(), strict=1)
     )
-    dqn.train(args)
-    assert json.loads((tmp_path / "catch" / "result.json").read_text())["eval_return_mean"] > 0.95
+    for name, expected in (("q_network", weights), ("target_network", target)):
+        for ours, theirs in zip(parts[name].values(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-7)
+
+
+def test_the_epsilon_that_the_loop_uses(tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws a hair below and a hair above the value by hand: from 0.9 down to 0.1 over a quarter of 200 steps."""
+    play(Catch)
+    greedy, line = [], [max(0.1, 0.9 - 0.8 * step / 50) for step in range(1, 201)]
+
+    class Draws:
+        """The run's generator, but for draws near epsilon: below it in every third step."""
+
+        def __init__(self, rng: np.random.Generator):
+            self.rng, self.step = rng, 0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.rng, name)
+
+        def random(self) -> float:
+            self.step += 1
+            return line[self.step - 1] + (-1e-9 if self.step % 3 == 0 else 1e-9)
+
+    flags = {"total_timesteps": 200, "learning_starts": 200, "exploration_fraction": 0.25, "start_e": 0.9, "end_e": 0.1}
+    run = make_run(tmp_path, **flags)
+    run.rng = Draws(run.rng)
+    monkeypatch.setattr(dqn.QNetwork, "act", lambda *_: greedy.append(run.rng.step) or 0)
+    monkeypatch.setattr(dqn, "LOG_FREQUENCY", 20)
+    dqn.train(run.args, run)
+    run.writer.close()
+    assert greedy == [step for step in range(1, 201) if step % 3 != 0]
+    logged = scalars(run.dir, "charts/epsilon")
+    assert logged == [(step, pytest.approx(line[step - 1])) for step in range(20, 201, 20)]
 
 
 class Ends(Catch):
@@ -389,21 +461,96 @@ class Ends(Catch):
         return self.screen(), 5.0, terminated, truncated, {"life_lost": self.t % 6 == 3}
 
 
-def test_terminal_states_and_rewards_that_the_loop_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_states_and_rewards_that_the_loop_stores(
+    tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lost life and a game's end are terminal, a time limit is not; rewards are clipped, scores are not."""
-    monkeypatch.setattr(dqn, "make_env", lambda args, rng: Ends(rng))
-    stored = []
-    append = dqn.ReplayMemory.append
-    monkeypatch.setattr(
-        dqn.ReplayMemory, "append", lambda memory, *row: stored.append(row[1:3]) or append(memory, *row)
-    )
-    args = dqn.Args(runs_dir=tmp_path, run_name="ends", total_timesteps=48, learning_starts=48, eval_episodes=0)
-    args.checkpoint_frequency = 0
-    monkeypatch.setattr(dqn, "make_eval_env", lambda args, rng, video_dir: Ends(rng))
-    dqn.train(args)
-    assert [bool(terminated) for _, terminated in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
-    assert {reward for reward, _ in stored} == {1.0}
-    assert json.loads((tmp_path / "ends" / "result.json").read_text())["train_return_mean"] == 30.0
+    play(Ends)
+    stored, append = [], dqn.FrameMemory.append
+    monkeypatch.setattr(dqn.FrameMemory, "append", lambda memory, *row: stored.append(row) or append(memory, *row))
+    run = make_run(tmp_path, total_timesteps=48, learning_starts=48, eval_episodes=2)
+    figures = run.finish(dqn.train(run.args, run))
+    assert [bool(terminated) for _, _, terminated, _ in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
+    assert {reward for _, reward, _, _ in stored} == {1.0}
+    assert json.loads((run.dir / "result.json").read_text())["train_return_mean"] == 30.0
+    assert figures == {"eval_return_mean": 30.0, "eval_return_std": 0.0, "eval_episodes": 2}
+
+
+def test_it_learns_to_catch(tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own loop, network, replay and update reach a near-perfect score from screens."""
+    play(Catch)
+    monkeypatch.setattr(dqn, "EVAL_EPSILON", 0.0)
+    flags = {"total_timesteps": 1_500, "learning_starts": 100, "gamma": 0.9, "exploration_fraction": 0.5}
+    flags |= {"batch_size": 16, "learning_rate": 3e-4, "target_network_frequency": 100}
+    run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=100)
+    assert run.finish(dqn.train(run.args, run))["eval_return_mean"] > 0.95
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_stacks_screens_as_the_memory_does(play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step of three games, black before their starts; and with probability 0.05 it does not look."""
+    memory, looked = make_memory(100, 0, NoNoops()), []
+
+    class Remembered(Catch):
+        def reset(self, **options: object) -> tuple[np.ndarray, dict]:
+            screen, info = super().reset(**options)
+            memory.push(screen)
+            return screen, info
+
+        def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+            result = super().step(action)
+            memory.append(action, *result[1:3], result[0])
+            return result
+
+    def act(_: dqn.QNetwork, obs: torch.Tensor) -> int:
+        looked.append(torch.equal(obs, memory.newest_obs()))
+        return 0
+
+    play(Remembered)
+    monkeypatch.setattr(dqn.QNetwork, "act", act)
+    model = {"q_network": dqn.QNetwork(3).state_dict()}
+    monkeypatch.setattr(dqn, "EVAL_EPSILON", 0.0)
+    dqn.evaluate(dqn.Args(eval_episodes=3), model, CPU, None)
+    assert looked == [True] * 9
+    monkeypatch.undo()
+    play(Catch)
+    monkeypatch.setattr(dqn.QNetwork, "act", act)
+    looked.clear()
+    dqn.evaluate(dqn.Args(eval_episodes=500), model, CPU, None)
+    assert len(looked) == pytest.approx(0.95 * 1500, abs=5 * (1500 * 0.05 * 0.95) ** 0.5)
+
+
+def test_evaluation_plays_other_games_than_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other seeds of the emulator and other no-ops; sticky actions in both, a limit of five minutes in one."""
+    made, begun = [], []
+
+    class Short(dqn.AtariPreprocessing):
+        def __init__(self, *args: object):
+            super().__init__(*args)
+            made.append(self.unwrapped.ale)
+            begun.append([])
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+            result = super().reset(seed=seed, options=options)
+            begun[-1].append((seed, self.noops))
+            return result
+
+        def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+            screen, reward, _, truncated, info = super().step(action)
+            return screen, reward, True, truncated, info
+
+    monkeypatch.setattr(dqn, "AtariPreprocessing", Short)
+    flags = {"seed": 2, "total_timesteps": 32, "learning_starts": 32, "eval_episodes": 1, "sticky_actions": 0.25}
+    run = make_run(tmp_path, env_id="ALE/Breakout-v5", **flags)
+    run.finish(dqn.train(run.args, run))
+    (seed, noops), (other_seed, other_noops) = begun[0][0], begun[1][0]
+    assert None not in (seed, other_seed)
+    assert seed != other_seed
+    assert noops != other_noops
+    assert [ale.getFloat("repeat_action_probability") for ale in made] == [0.25, 0.25]
+    assert made[1].getInt("max_num_frames_per_episode") == 18_000
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -414,25 +561,27 @@ def test_terminal_states_and_rewards_that_the_loop_stores(tmp_path: Path, monkey
     [
         ("--env-id ALE/Pnog-v5", "did you mean ALE/Pong-v5"),
         ("--env-id Breakout", "ALE/Breakout-v5"),
-        ("--env-id CartPole-v1", "not an Atari game"),
-        ("--train-frequency 0", "--train-frequency 0"),
-        ("--target-network-frequency 0", "--target-network-frequency 0"),
-        ("--start-e 1.5", "--start-e 1.5: must lie in [0, 1]"),
-        ("--end-e -0.1", "--end-e -0.1"),
-        ("--exploration-fraction nan", "--exploration-fraction nan"),
-        ("--sticky-actions 25", "--sticky-actions 25"),
-        ("--optimizer sgd", "choose one of adam, rmsprop"),
-        ("--loss mae", "choose one of mse, huber"),
-        ("--precision float16", "choose one of auto, float32, bfloat16"),
-        ("--evaluate breakout.pt --env-id ALE/Freeway-v5", "was trained on ALE/Breakout-v5"),
-        ("--evaluate breakout.pt --env-id ALE/Pong-v5", "was trained on ALE/Breakout-v5"),
+        ("--env-id CartPole-v1", "--env-id CartPole-v1: no Atari game"),
+        ("--buffer-size 36", "--buffer-size >= 37"),
+        ("--evaluate breakout.pt --env-id ALE/Pong-v5", "breakout.pt was started with ALE/Breakout-v5"),
+        ("--evaluate breakout.pt --sticky-actions 0.25", "--sticky-actions 0.25: breakout.pt was started with 0.0"),
     ],
 )
 def test_bad_input(
     flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    args = {"env_id": "ALE/Breakout-v5", "sticky_actions": 0.0}
-    torch.save({"script": "dqn_atari", "kind": "model", "args": args, "n_actions": 4, "weights": {}}, "breakout.pt")
+    args = {name: value for name, value in vars(dqn.Args(env_id="ALE/Breakout-v5")).items() if name not in dqn.FREE}
+    torch.save({"script": "dqn_atari", "kind": "model", "args": args, "q_network": {}}, "breakout.pt")
     assert expected in message_of(dqn, flags.split(), capsys, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["breakout.pt"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--train-frequency 0", "--sticky-actions 25", "--exploration-fraction nan", "--loss mae"]
+)
+def test_the_parser_refuses(flags: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dqn_atari.py", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        dqn.main()
+    assert flags.split()[0] in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import ROOT, message_of, run, run_until_killed, scalars
+from common import message_of, run, run_until_killed, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mlp_regression as mlp
@@ -38,7 +38,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
 def test_mlp_is_its_formula(activation: str) -> None:
     torch.manual_seed(0)
-    model = mlp.MLP(3, 2, (5, 4), activation).double()
+    model = mlp.MLP(made_args(hidden_sizes=(5, 4), activation=activation), 3, 2).double()
     w = weights_of(model)
     x = np.random.default_rng(0).standard_normal((6, 3))
     act = {"relu": lambda z: np.maximum(z, 0), "sigmoid": sigma, "tanh": np.tanh}[activation]
@@ -109,16 +109,14 @@ def test_the_printed_three_sigmoids_approximate_sin_of_2_pi_x() -> None:
     )
     assert np.abs(f - np.sin(x)).max() > 0.8  # what the lecture calls it
 
-    model = mlp.MLP(1, 1, (3,), "sigmoid")
-    model.load_state_dict(
-        {
-            "layers.0.weight": torch.tensor([[-6.35], [6.35], [-1.3]]),
-            "layers.0.bias": torch.tensor([-3.05, -3.05, 0.0]),
-            "last.weight": torch.tensor([[10.9, -10.9, -36.6]]),
-            "last.bias": torch.tensor([18.23]),
-        }
-    )
-    errors = mlp.function_errors(mlp.Args(), model, CPU)
+    weights = {
+        "layers.0.weight": torch.tensor([[-6.35], [6.35], [-1.3]]),
+        "layers.0.bias": torch.tensor([-3.05, -3.05, 0.0]),
+        "last.weight": torch.tensor([[10.9, -10.9, -36.6]]),
+        "last.bias": torch.tensor([18.23]),
+    }
+    best = {"encoding": mlp.make_data(made_args())[1], "digest": "", "weights": weights}
+    errors = mlp.evaluate(made_args(), {"best": best}, CPU, None)
     assert errors["largest_error"] == pytest.approx(0.1323, abs=2e-4)
     assert errors["function_rmse"] == pytest.approx(0.0760, abs=2e-4)
 
@@ -156,7 +154,7 @@ def test_three_sigmoids_find_the_sine(seed: int, tmp_path: Path) -> None:
     assert result["largest_error"] <= 0.05
     assert result["function_rmse"] <= 0.02
     model = torch.load(tmp_path / "runs/sine/model.pt", weights_only=True)
-    w = {name: weight.numpy() for name, weight in model["weights"].items()}
+    w = {name: weight.numpy() for name, weight in model["best"]["weights"].items()}
     x = np.linspace(-1, 1, 1_001)
     h = sigma(np.outer(x, w["layers.0.weight"]) + w["layers.0.bias"])
     assert h.shape == (1_001, 3)
@@ -170,26 +168,25 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> Non
     flags = [*flags, "--patience", "7", "--run-name", "noisy"]
     assert run("mlp_regression", *flags, cwd=tmp_path).returncode == 0
     run_dir = tmp_path / "runs" / "noisy"
-    losses = np.array([value for _, value in scalars(run_dir, "losses/validation")])
-    result = json.loads((run_dir / "result.json").read_text())
-    assert result["validation_loss"] == pytest.approx(losses.min())
-    assert result["epochs"] == len(losses) < 50
-    ends = [step for step, value in scalars(run_dir, "starts/validation_loss")]
-    assert len(ends) == 2
-    assert ends[1] == len(losses)
-    assert losses[-8] == min(losses[-8:])  # seven epochs without a better one ended the last start
-    content = torch.load(run_dir / "model.pt", weights_only=True)
-    args = mlp.Args(**content["args"])
+    steps, losses = np.array(scalars(run_dir, "losses/validation")).T
+    best = torch.load(run_dir / "model.pt", weights_only=True)["best"]
+    assert best["loss"] == pytest.approx(losses.min())
+    assert best["step"] == steps[losses.argmin()]
+    for start in (steps <= 25, steps > 25):  # seven epochs without a better one end a start; the next begins at 26
+        assert 8 <= start.sum() < 25
+        assert losses[start].argmin() == start.sum() - 8
+    assert 26 in steps
+    args = made_args(noise=0.5, samples=60, hidden_sizes=(30,))
     model = mlp.make_model(args, 1, 1)
-    model.load_state_dict(content["weights"])
+    model.load_state_dict(best["weights"])
     x, y = mlp.make_data(args)[0]["validation"]
-    assert ((mlp.predict(model, torch.from_numpy(x)).numpy() - y) ** 2).mean() == pytest.approx(losses.min(), rel=1e-5)
+    assert ((mlp.predict(model, torch.from_numpy(x)) - y) ** 2).mean() == pytest.approx(losses.min(), rel=1e-5)
 
 
 def test_scores_by_hand() -> None:
     scores = mlp.scores(np.array([[1.0], [2.0], [4.0]]), np.array([[1.0], [3.0], [5.0]]), [3.0])
     assert scores == pytest.approx({"mse": 2 / 3, "rmse": (2 / 3) ** 0.5, "r2": 1 - 2 / 8, "baseline_mse": 8 / 3})
-    assert mlp.scores(np.zeros((2, 1)), np.ones((2, 1)), [0.0])["r2"] is None
+    assert "r2" not in mlp.scores(np.zeros((2, 1)), np.ones((2, 1)), [0.0])
 
 
 def test_lbfgs_killed_resumes_to_the_bit(tmp_path: Path) -> None:
@@ -199,31 +196,13 @@ def test_lbfgs_killed_resumes_to_the_bit(tmp_path: Path) -> None:
     run_until_killed("mlp_regression", "after", 3, *flags, "killed", cwd=tmp_path)
     assert run("mlp_regression", *flags, "killed", "--resume", cwd=tmp_path).returncode == 0
     whole, killed = (
-        torch.load(tmp_path / "runs" / name / "model.pt", weights_only=True)["weights"] for name in ("whole", "killed")
+        torch.load(tmp_path / "runs" / name / "model.pt", weights_only=True)["best"]["weights"]
+        for name in ("whole", "killed")
     )
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     curves = [scalars(tmp_path / "runs" / name, "losses/validation") for name in ("whole", "killed")]
     assert curves[0] == curves[1]
     assert len(curves[0]) == 24
-
-
-def test_more_units_approximate_better(tmp_path: Path) -> None:
-    """The experiment: one folder for each number of units, the figures of each, and nothing done twice."""
-    flags = ["--units", "1", "3", "8", "--restarts", "6", "--run-name", "units", "--resume"]
-    result = run("mlp_regression", *flags, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    folder = tmp_path / "runs" / "units"
-    errors = json.loads((folder / "result.json").read_text())["largest_error"]
-    assert errors[0] > 0.7 > 0.1 > errors[1] > errors[2]
-    for units, error in zip((1, 3, 8), errors, strict=True):
-        assert json.loads((folder / f"units-{units}" / "result.json").read_text())["largest_error"] == error
-        assert f"| {units} | {error:.4g} |" in result.stdout
-    assert_pictures(folder, ["largest_error"])
-    assert "finished" in run("mlp_regression", *flags, cwd=tmp_path).stdout
-    (folder / "result.json").unlink()
-    mixed = run("mlp_regression", *flags, "--seed", "2", cwd=tmp_path)
-    assert mixed.returncode == 2
-    assert "--seed 2: runs/units was started with 1" in mixed.stderr
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -285,7 +264,7 @@ def test_pictures_and_histograms(flags: str, tmp_path: Path) -> None:
     assert run("mlp_regression", *flags.split(), cwd=tmp_path).returncode == 0
     events = EventAccumulator(str(tmp_path / "runs" / "drawn"), size_guidance={"images": 0})
     events.Reload()
-    assert_pictures(tmp_path / "runs" / "drawn", ["model", "model/best"])
+    assert_pictures(tmp_path / "runs" / "drawn", ["model", "best"])
     assert [event.step for event in events.Images("model")] == [1, 2, 4]
     first, second, third = (event.encoded_image_string for event in events.Images("model"))
     assert first != second != third
@@ -317,11 +296,11 @@ def test_columns_become_numbers_as_said(tmp_path: Path, capsys: pytest.CaptureFi
     """Standardised, gaps filled with the median and marked, one-hot: against each of them done by hand."""
     frame = houses()
     frame.to_csv(tmp_path / "houses.csv", index=False)
-    args = made_args(data=tmp_path / "houses.csv", target=("price",))
+    args = made_args(data=str(tmp_path / "houses.csv"), target=("price",))
     parts, encoding = mlp.make_data(args)
     assert [len(parts[part][0]) for part in ("training", "validation", "test")] == [139, 20, 39]
     x, y = (np.concatenate([parts[part][i] for part in parts]) for i in (0, 1))
-    prices = encoding["targets"][0]["mean"] + encoding["targets"][0]["std"] * y[:, 0].astype(np.float64)
+    prices = encoding["mean"][0] + encoding["std"][0] * y[:, 0].astype(np.float64)
     known = frame.dropna(subset="price").reset_index(drop=True)
     order = [int((known["price"] - price).abs().argmin()) for price in prices]
     assert sorted(order) == list(range(198))
@@ -340,12 +319,11 @@ def test_columns_become_numbers_as_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert y[:139].std() == pytest.approx(1, abs=1e-6)
     said = capsys.readouterr().out
     for line in (
-        "198 rows: 139 training, 20 validation, 39 test",
-        "2 rows without a target left out",
+        "198 rows, 2 without a target left out",
         "column rooms: where it is missing, the median",
         "column city: one-hot, 3 of 3 categories",
         "column city: where it is missing, a category of its own",
-        "column country: constant, or different in every row, left out",
+        "column country (constant): left out",
     ):
         assert line in said
 
@@ -354,7 +332,7 @@ def test_nothing_leaks_from_test_to_training(tmp_path: Path) -> None:
     """Whatever stands in the rows for validation and test, the encoding and the training examples stay the same."""
     frame = houses().dropna(subset="price").reset_index(drop=True)
     frame.to_csv(tmp_path / "houses.csv", index=False)
-    args = made_args(data=tmp_path / "houses.csv", target=("price",))
+    args = made_args(data=str(tmp_path / "houses.csv"), target=("price",))
     parts, encoding = mlp.make_data(args)
     others = np.random.default_rng(args.seed).permutation(len(frame))[139:]
     frame.loc[others, ["area", "rooms", "price"]] *= 1_000
@@ -397,7 +375,7 @@ def test_linear_model_on_a_table_is_least_squares(tmp_path: Path) -> None:
     assert figures["test_r2"] == pytest.approx(np.mean(r2), abs=1e-3)
     baseline = targets[training].mean(axis=0) - targets[test]
     assert figures["test_baseline_mse"] == pytest.approx((baseline**2).mean(), rel=1e-4)
-    assert_pictures(tmp_path / "runs/table", ["model", "model/best"])
+    assert_pictures(tmp_path / "runs/table", ["model", "best"])
 
 
 def test_new_rows_without_targets_are_predicted(tmp_path: Path) -> None:
@@ -443,8 +421,8 @@ def test_a_small_table_with_the_defaults(tmp_path: Path) -> None:
     pd.DataFrame(rng.standard_normal((60, 3)), columns=["a", "b", "t"]).to_csv(tmp_path / "t.csv", index=False)
     result = run("mlp_regression", "--data", "t.csv", "--target", "t", "--run-name", "t", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    figures = json.loads((tmp_path / "runs" / "t" / "result.json").read_text())
-    assert figures["epochs"] == figures["best_epoch"] + 20
+    best = torch.load(tmp_path / "runs" / "t" / "model.pt", weights_only=True)["best"]
+    assert scalars(tmp_path / "runs" / "t", "losses/train")[-1][0] == best["step"] + 20
 
 
 def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -454,12 +432,57 @@ def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixtu
     frame["farads"] = np.random.default_rng(1).uniform(1e-13, 2e-13, len(frame))
     frame["year"] = frame["area"].round().astype(int).astype(str).where(frame.index != 7, "?")
     frame.to_csv(tmp_path / "houses.csv", index=False)
-    _, encoding = mlp.make_data(made_args(data=tmp_path / "houses.csv", target=("price",)))
+    _, encoding = mlp.make_data(made_args(data=str(tmp_path / "houses.csv"), target=("price",)))
     assert [column["name"] for column in encoding["inputs"]] == ["area", "rooms", "city", "farads", "year"]
     said = capsys.readouterr().out
-    assert "column name: constant, or different in every row, left out" in said
+    assert "column name (different in every row): left out" in said
     assert "column year: one-hot, 50 of" in said
-    assert "categories; numbers but for ? in row 8" in said
+    assert "column year: most of it looks like numbers, but not ? in row 8" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "first"), [(["7,134", "750", "5,658"], "7,134"), (["45%", "3%", "9"], "45%"), (["$3", "$4", "$5"], "$3")]
+)
+def test_text_that_looks_like_numbers_is_said(
+    values: list[str], first: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    frame = pd.DataFrame({"lot": values * 20, "price": np.arange(60.0)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    mlp.make_data(made_args(data=str(tmp_path / "t.csv"), target=("price",)))
+    assert f"column lot: most of it looks like numbers, but not {first} in row 1" in capsys.readouterr().out
+
+
+def test_row_numbers_are_left_out_and_whole_numbers_over_64_bits_are_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    frame = pd.DataFrame({"a": [10**25 * (1 + n % 7) for n in range(60)], "price": np.arange(60.0)})
+    frame.to_csv(tmp_path / "t.csv")  # with pandas' own row numbers
+    parts, encoding = mlp.make_data(made_args(data=str(tmp_path / "t.csv"), target=("price",)))
+    assert "column Unnamed: 0 (row numbers, as pandas and R write them): left out" in capsys.readouterr().out
+    assert [column["name"] for column in encoding["inputs"]] == ["a"]
+    assert parts["training"][0].std() == pytest.approx(1, rel=1e-4)
+
+
+def test_names_with_dollars_are_drawn_and_new_categories_and_files_of_one_name_are_said(tmp_path: Path) -> None:
+    """What stands between two dollars is no formula; predictions never replace others."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"garden": ["yes", "no"] * 60, "area": rng.uniform(1, 2, 120), "n": rng.uniform(1, 2, 120)})
+    frame["cost_$_in_$"] = frame["area"] * 100
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    flags = ["--data", "t.csv", "--target", "cost_$_in_$", "--epochs", "2", "--run-name", "t"]
+    trained = run("mlp_regression", *flags, cwd=tmp_path)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    figures = trained.stdout.splitlines()[-1].split(": ")[1]
+    again = run("mlp_regression", "--evaluate", "runs/t/model.pt", cwd=tmp_path)  # the same table: its test rows
+    assert again.stdout.splitlines()[-1].split(": ")[1] == figures
+    (tmp_path / "new").mkdir()
+    frame.assign(garden="Yes").to_csv(tmp_path / "new" / "t.csv", index=False)
+    new = run("mlp_regression", "--evaluate", "runs/t/model.pt", "--data", "new/t.csv", cwd=tmp_path)
+    assert (new.returncode, new.stderr) == (0, "")
+    assert "column garden: 120 rows have others, such as Yes: coded as none" in new.stdout
+    first, second = (tmp_path / "runs" / "t" / f"predictions__t{number}.csv" for number in ("", "-2"))
+    assert len(pd.read_csv(first)) == len(pd.read_csv(second)) == 120
+    assert first.read_text() != second.read_text()
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
@@ -470,10 +493,10 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
     trained = run("mlp_regression", *flags, cwd=tmp_path)
     evaluated = run("mlp_regression", "--evaluate", "runs/spiral/model.pt", cwd=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
-    assert evaluated.stdout.split("MSE", 1)[1] == trained.stdout.split("MSE", 1)[1]
+    assert evaluated.stdout.split(": ")[-1] == trained.stdout.split(": ")[-1]
     parts, _ = mlp.make_data(made_args(dataset="circle", seed=4))
     baseline = ((parts["test"][1] - parts["training"][1].mean()) ** 2).mean()
-    assert f"predicting the mean: MSE {baseline:.4g};" in trained.stdout
+    assert f"test_baseline_mse {baseline:.6g}," in trained.stdout
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -482,48 +505,36 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--dataset square", "--dataset square: choose one of sine, plane, circle, spiral"),
-        ("--model cnn", "--model cnn: choose one of linear, logistic, rbf, mlp"),
-        ("--activation gelu", "--activation gelu"),
-        ("--optimizer rmsprop", "--optimizer rmsprop"),
-        ("--epochs 0", "--epochs 0: must be greater than 0"),
-        ("--samples -1", "--samples -1"),
-        ("--noise -1", "--noise -1.0: must not be negative"),
-        ("--patience -1", "--patience -1"),
-        ("--restarts 0", "--restarts 0"),
-        ("--hidden-sizes 0", "--hidden-sizes (0,)"),
-        ("--model rbf --hidden-sizes 3 3", "an RBF network has one hidden layer"),
+        ("--hidden-sizes", "give one number for each hidden layer"),
+        ("--model rbf --hidden-sizes 3 3", "an RBF network has one"),
         ("--batch-size 10", "lbfgs takes all examples at once"),
         ("--samples 10 --optimizer sgd", "10 rows are too few: training, validation and test need two each"),
-        ("--target y", "is for the columns of --data"),
-        ("--units 0 1", "--units (0, 1)"),
-        ("--units 1 --model linear", "--units (1,)"),
+        ("--target y", "--data and --target go together"),
         ("--model logistic", "there are targets from -0.999"),
-        ("--data no.csv --target price", "--data no.csv: No such file"),
-        ("--data folder --target price", "--data folder: Is a directory"),
-        ("--data houses.csv", "give the column to predict, with --target"),
-        ("--data houses.csv --target prize", "--target prize: houses.csv has no such column; did you mean price"),
-        ("--data houses.csv --target city", "column city has Basel in row 1, which is no finite number"),
-        ("--data houses.csv --target country", "column country has CH in row 1"),
-        ("--data houses.csv --target price --batch-size 140", "139 rows to train on are too few for --batch-size 140"),
+        ("--data no.csv --target price", "no.csv: No such file"),
+        ("--data folder --target price", "folder: Is a directory"),
+        ("--data houses.csv", "--data and --target go together"),
+        ("--data houses.csv --target prize", "there is no column 'prize' among 'area', 'rooms', 'city'"),
+        ("--data houses.csv --target city", "column city has Basel in row 1"),
         ("--data houses.csv --target price --model logistic", "its values lie in (0, 1)"),
         ("--data typo.csv --target price", "column price has 12O in row 5"),
         ("--data infinite.csv --target price", "column area has inf in row 40"),
-        ("--data same.csv --target price", "--target price: it is 0.1 in every row"),
-        ("--data houses.csv --target price price", "names a column twice"),
-        ("--data houses.csv --target PRICE", "did you mean price"),
-        ("--samples 60 --optimizer sgd --batch-size 43", "42 rows to train on are too few for --batch-size 43"),
-        ("--data alone.csv --target price", "no column is left to predict from"),
+        ("--data huge.csv --target price", "column area has 1e+155 in row 40"),
+        ("--data same.csv --target price", "one value in all rows to train on"),
+        ("--data houses.csv --target price price", "no column twice"),
+        ("--samples 60 --optimizer sgd --batch-size 43", "there are only 42 rows to train on"),
+        ("--data alone.csv --target price", "no column is left to predict from; left out: country (constant)"),
+        ("--data dates.csv --target price", "left out: day (different in every row)"),
         ("--data twice.csv --target price", "more than one column is called 'area'"),
+        ("--data semicolon.csv --target b", "there is no column 'b' among 'a;b'"),
+        ("--data comma.csv --target b", "its first line is ['a;b'], and should name the columns"),
+        ("--data comment.csv --target b", "its first line is ['# exported'], and should name the columns"),
         ("--data ragged.csv --target b", "--data ragged.csv: not a CSV file"),
-        ("--data long.csv --target b", "--data long.csv: not a CSV file"),
         ("--data binary.csv --target b", "--data binary.csv: not a CSV file"),
         ("--data empty.csv --target b", "--data empty.csv: not a CSV file"),
         ("--data header.csv --target b", "0 rows are too few"),
-        ("--evaluate model.pt", "give --data, a CSV file with the columns of"),
-        ("--evaluate model.pt --data fewer.csv", "columns area, city are missing"),
-        ("--evaluate model.pt --data header.csv", "are missing"),
-        ("--evaluate model.pt --data houses.csv --model linear", "was trained with mlp"),
+        ("--evaluate model.pt --data fewer.csv", "there is no column 'area' among 'rooms'"),
+        ("--evaluate model.pt --data houses.csv --model linear", "model.pt was started with mlp"),
         ("--run-name whole --resume --data houses.csv --target price --epochs 2", "houses.csv has changed since"),
     ],
 )
@@ -545,8 +556,13 @@ def test_bad_input_of_regression(
     frame[["country", "price"]].to_csv("alone.csv", index=False)
     frame.drop(columns=["area", "city"]).to_csv("fewer.csv", index=False)
     Path("twice.csv").write_text("area,area,price\n1,2,3\n")
+    frame.assign(area=frame["area"].where(frame.index != 39, 1e155)).to_csv("huge.csv", index=False)
+    days = pd.date_range("2024-01-01", periods=len(frame)).strftime("%Y-%m-%d")
+    frame[["price"]].assign(day=days).to_csv("dates.csv", index=False)
     Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
-    Path("long.csv").write_text("a,b\n1,2,3\n4,5,6\n")
+    Path("semicolon.csv").write_text("a;b\n1;2\n3;4\n")
+    Path("comma.csv").write_text("a;b\n1;2,5\n3;4,5\n")
+    Path("comment.csv").write_text("# exported\na,b\n1,2\n")
     Path("binary.csv").write_bytes(bytes(range(256)) * 10)
     Path("empty.csv").touch()
     Path("header.csv").write_text("a,b\n")
@@ -557,9 +573,9 @@ def test_bad_input_of_regression(
     if "whole" in flags:
         frame.head(150).to_csv("houses.csv", index=False)
         flags += " --checkpoint-frequency 1"
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert expected in message_of(mlp, flags.split(), capsys, monkeypatch)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.fixture(scope="module")
@@ -576,29 +592,6 @@ def test_divergence_is_named(tmp_path: Path) -> None:
     result = run("mlp_regression", *flags, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "in epoch 1;" in result.stderr
+    assert "losses/" in result.stderr
     assert "lower --learning-rate" in result.stderr
     assert not (tmp_path / "runs/diverged/result.json").exists()
-
-
-# --- README -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        line.split("python mlp_regression.py")[1].split("#")[0].split()
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("    ") and "python mlp_regression.py" in line
-    ],
-    ids=" ".join,
-)
-def test_readme_commands(flags: list[str], trained_on_houses: Path, tmp_path: Path) -> None:
-    """Each command that the README gives for the script runs, cut down to two epochs."""
-    houses().to_csv(tmp_path / "houses.csv", index=False)
-    houses().drop(columns="price").to_csv(tmp_path / "new.csv", index=False)
-    shutil.copytree(trained_on_houses, tmp_path / "runs" / "NAME")
-    if "--evaluate" not in flags:
-        flags = [*flags, "--epochs", "2", "--restarts", "1"]
-    result = run("mlp_regression", *flags, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")

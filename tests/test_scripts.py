@@ -104,7 +104,7 @@ def test_a_finished_run(script: str, finished: Path) -> None:
     )
     assert result["device"] == "cpu"
     assert result["processor"]
-    assert 0 < result["steps_per_second"]
+    assert result["steps_per_second"] > 0
     assert result["versions"].keys() >= {"torch", "numpy"}
     tags = curves(finished)
     for tag, points in tags.items():
@@ -285,7 +285,7 @@ def test_a_missing_replay_file_is_named(
     for name in ("checkpoint.pt", "args.json"):
         shutil.copy(finished / name, "runs/whole")
     flags = [*SHORT[script], "--run-name", "whole", "--resume"]
-    assert "is missing or of another size" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
+    assert "the run can only start anew" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
 
 
 @agents_only
@@ -296,7 +296,6 @@ def test_space_is_taken_when_the_run_begins_or_it_leaves_nothing(script: str, tm
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # noqa: E731
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=DEADLINE)
     assert result.returncode == 2
-    assert "no room for" in result.stderr
     assert "give a smaller --buffer-size" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -328,14 +327,11 @@ def test_nan_stops_the_run(script: str, tmp_path: Path) -> None:
 
 
 def test_weights_and_biases(script: str, tmp_path: Path) -> None:
-    """The real package, offline: a run under the run's own name, with its flags, once, and the same after a resume."""
+    """The real package, offline: a run under the run's own name, but for letters that it refuses."""
     flags = [*SHORT[script], "--track", "--run-name", "a b:1", "--resume"]
     wandb = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    command = [
-        "-c",
-        f"import runpy, sys; sys.argv = {[f'{script}.py', *flags]!r}; runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')",
-    ]
-    result = run_python("-W", "default", *command, cwd=tmp_path, **wandb)
+    script_path = ROOT / f"{script}.py"
+    result = run_python("-W", "default", script_path, *flags, cwd=tmp_path, **wandb)  # its own warnings are its own
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "runs" / "a b:1" / "wandb").glob("offline-run-*-a-b-1/run-a-b-1.wandb"))
 
@@ -355,9 +351,9 @@ def test_weights_and_biases_not_installed(
 
 BAD_EVERYWHERE = [
     ("--resume", "--run-name"),
-    ("--run-name there", "runs; --resume goes on with one that exists"),
-    ("--run-name ../elsewhere", "--run-name ../elsewhere: must be a new plain name"),
-    ("--run-name .. --resume", "--run-name ..: must be a new plain name"),
+    ("--run-name there", "must be a plain and new name in runs"),
+    ("--run-name ../elsewhere", "--run-name ../elsewhere: must be a plain and new name"),
+    ("--run-name .. --resume", "--run-name ..: must be a plain and new name"),
     (f"--run-name {'n' * 300}", "File name too long"),
     ("--runs-dir file", "file/"),
     ("--runs-dir dangling", "dangling"),
@@ -408,9 +404,9 @@ def test_bad_input(
     shutil.copy("other.pt", "runs/other/checkpoint.pt")
     shutil.copy(finished / "args.json", "runs/whole/args.json")
     given = [*(SHORT[script] if "whole" in flags else ()), *flags.split()]
-    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert expected in message_of(importlib.import_module(script), given, capsys, monkeypatch)
-    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}.keys() == before.keys()
+    assert {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 BOUNDS = ["--seed -1", "--seed 9999999999999999999999", "--learning-rate 0", "--learning-rate nan", "--batch-size 0"]
@@ -439,12 +435,14 @@ def test_help_shows_bounds(script: str, capsys: pytest.CaptureFixture, monkeypat
     assert "FLOAT > 0" in said
 
 
-def test_other_systems_get_a_line(script: str, tmp_path: Path) -> None:
+def test_other_systems_get_a_line(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Windows has no fcntl."""
-    command = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({str(ROOT / f'{script}.py')!r})"
-    result = run_python("-c", command, cwd=tmp_path)
-    assert result.returncode != 0
-    assert "Linux and macOS" in result.stderr.splitlines()[-1]
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    flags = ["--runs-dir", str(tmp_path / "runs")]
+    assert "use Linux or macOS" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
+    assert not list(tmp_path.iterdir())
 
 
 # --- The files --------------------------------------------------------------------------------------------------------
