@@ -160,7 +160,8 @@ class Rescaled(gym.Wrapper):
         obs, reward, terminated, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
         self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
         if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {scaled}")
+            hint = "" if np.isfinite(action).all() else "; try a lower --learning-rate"
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {scaled}{hint}")
         self.actions.append(action)
         self.episodic_return += reward
         return self.obs, reward, bool(terminated), bool(truncated), info
