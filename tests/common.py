@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and wrap their replay memory
     "dqn_atari": [
-        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "1200"),
+        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "800"),
         *("--learning-starts", "100", "--buffer-size", "400", "--target-network-frequency", "100"),
-        *("--train-frequency", "10", "--checkpoint-frequency", "150", "--eval-episodes", "1"),
+        *("--train-frequency", "20", "--checkpoint-frequency", "100", "--eval-episodes", "1"),
     ],
     "ddpg_continuous": [
         *("--env-id", "Pendulum-v1", "--total-timesteps", "1200", "--learning-starts", "300", "--buffer-size", "400"),
@@ -24,7 +24,7 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
     ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "400", "--optimizer", "adam", "--batch-size", "10"),
-        *("--epochs", "100", "--restarts", "2", "--checkpoint-frequency", "25", "--patience", "60"),
+        *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
     ],
 }
 AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments

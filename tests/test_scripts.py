@@ -114,8 +114,9 @@ def test_a_finished_run(script: str, finished: Path) -> None:
     if script in AGENTS:
         returns = [value for _, value in tags["scalar charts/episodic_return"]]
         assert result["train_return_mean"] == pytest.approx(np.mean(returns[-100:]))
-        assert tags["scalar eval/return_mean"][-1] == (1200, pytest.approx(result["eval_return_mean"]))
-        assert (result["total_timesteps"], result["eval_episodes"]) == (1200, 1)
+        total = {"dqn_atari": 800, "ddpg_continuous": 1200}[script]
+        assert tags["scalar eval/return_mean"][-1] == (total, pytest.approx(result["eval_return_mean"]))
+        assert (result["total_timesteps"], result["eval_episodes"]) == (total, 1)
         first = {"dqn_atari": 400, "ddpg_continuous": 1000}[script]
         assert tags["speed"][0] == first
 
@@ -134,7 +135,7 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
     Before the name of a checkpoint, what was logged since the one before is on the disk already, and is logged again.
     """
     run_dir, flags = tmp_path / "runs" / "killed", [*SHORT[script], "--run-name", "killed", "--resume"]
-    moments = [("before", 1), ("before", 4), ("after", 1), ("after", random.randint(1, 2)), ("before", 2)]
+    moments = [("before", 1), ("before", 4), ("after", random.randint(1, 2)), ("before", 2)]
     for moment, call in [*moments, ("before", "model.pt"), ("after", "model.pt"), ("before", "result.json")]:
         kill(script, moment, call, *flags, cwd=tmp_path)
         for path in run_dir.glob("*.json"):
@@ -147,9 +148,9 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
 
 
 STATEFUL = [
-    ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 3 --eval-frequency 200 --total-timesteps 400"),
+    ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 7 --total-timesteps 500"),
     ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5"),
-    ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4 --epochs 60"),
+    ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4"),
 ]
 
 
