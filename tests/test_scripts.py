@@ -149,8 +149,8 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
 
 STATEFUL = [
     ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 7 --total-timesteps 500"),
-    ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5"),
-    ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4"),
+    ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30"),
+    ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4 --epochs 15"),
 ]
 
 
