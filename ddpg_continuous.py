@@ -60,6 +60,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -152,6 +153,8 @@ class Rescaled(gym.Wrapper):
         self.start, self.actions, self.episodic_return = self.unwrapped.np_random.bit_generator.state, [], 0.0
         obs, info = self.env.reset(options=options)
         self.obs = np.array(obs, np.float32)
+        if not np.isfinite(self.obs).all():
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} on reset")
         return self.obs, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -361,6 +364,13 @@ def check(args: Args) -> str:
     if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < args.batch_size:
         order = "--batch-size <= --learning-starts <= --total-timesteps, and --batch-size <= --buffer-size"
         fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")
+    if args.capture_video:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with make_env(args, Path(folder) / "videos") as env:
+                    env.reset()
+            except Exception as error:  # every renderer has its own
+                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
     return args.env_id
 
 

@@ -251,8 +251,8 @@ def describe(frame: pd.DataFrame, encoding: dict) -> None:
             print(f"column {name}: one-hot, {len(column['categories'])} of {text.nunique()} categories")
             if len(others):
                 print(f"column {name}: {len(others):,} rows have others, such as {others.iloc[0]}: coded as none")
-            if pd.to_numeric(text.str.replace(r"[,%$€\s]", "", regex=True), errors="coerce").notna().mean() > 0.5:
-                odd = not_numbers(there)
+            odd, bare = not_numbers(there), text.str.replace(r"[,%$€\s]", "", regex=True)
+            if len(odd) and pd.to_numeric(bare, errors="coerce").notna().mean() > 0.5:
                 print(f"column {name}: most of it looks like numbers, but not {odd.iloc[0]} in row {odd.index[0] + 1}")
         else:
             instead = f"the median {column['median']:g}, marked"
@@ -457,7 +457,9 @@ def train(args: Args, run: Run) -> dict[str, Best]:
     # 5: initialise w at random
     model = make_model(args, x.shape[1], y.shape[1], x.cpu()).to(run.device)
     optimizer = make_optimizer(args, model)
-    best = Best(encoding=encoding, digest=digest(args), loss=math.inf, step=0, start_loss=math.inf, start_step=0)
+    best = Best(
+        encoding=encoding, digest=digest(args), seed=args.seed, loss=math.inf, step=0, start_loss=math.inf, start_step=0
+    )
     if run.checkpoint and run.checkpoint["parts"]["best"]["digest"] != best["digest"]:
         fail(f"--resume: {args.data} has changed since {run.dir} was started")
     run.restore(model=model, optimizer=optimizer, best=best)
@@ -497,7 +499,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     encoding = model["encoding"]
     mean, std, same = np.array(encoding["mean"]), np.array(encoding["std"]), model["digest"] == digest(args)
     if same:
-        x, y = make_data(args, quiet=True)[0]["test"]
+        x, y = make_data(dataclasses.replace(args, seed=model["seed"]), quiet=True)[0]["test"]
         target = mean + std * y
     if args.evaluate and args.data:
         text = tuple(column["name"] for column in encoding["inputs"] if "categories" in column)

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -16,6 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import mlp_regression as mlp
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """A training in this process handles signals; afterwards pytest does again."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 def made_args(**flags: object) -> mlp.Args:
@@ -115,7 +126,7 @@ def test_the_printed_three_sigmoids_approximate_sin_of_2_pi_x() -> None:
         "last.weight": torch.tensor([[10.9, -10.9, -36.6]]),
         "last.bias": torch.tensor([18.23]),
     }
-    best = {"encoding": mlp.make_data(made_args())[1], "digest": "", "weights": weights}
+    best = {"encoding": mlp.make_data(made_args())[1], "digest": "", "seed": 1, "weights": weights}
     errors = mlp.evaluate(made_args(), {"best": best}, CPU, None)
     assert errors["largest_error"] == pytest.approx(0.1323, abs=2e-4)
     assert errors["function_rmse"] == pytest.approx(0.0760, abs=2e-4)
@@ -187,6 +198,29 @@ def test_scores_by_hand() -> None:
     scores = mlp.scores(np.array([[1.0], [2.0], [4.0]]), np.array([[1.0], [3.0], [5.0]]), [3.0])
     assert scores == pytest.approx({"mse": 2 / 3, "rmse": (2 / 3) ** 0.5, "r2": 1 - 2 / 8, "baseline_mse": 8 / 3})
     assert "r2" not in mlp.scores(np.zeros((2, 1)), np.ones((2, 1)), [0.0])
+
+
+def test_lbfgs_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state is its history of steps and gradients; from a copy of the folder in the middle of the second start."""
+    weights, save = [], mlp.Run.save_checkpoint
+
+    def save_and_copy(run: mlp.Run) -> None:
+        save(run)
+        if run.progress["step"] == 8 and run.dir.name == "whole":
+            shutil.copytree(run.dir, tmp_path / "copied")
+
+    monkeypatch.setattr(mlp.Run, "save_checkpoint", save_and_copy)
+    for name, resume in (("whole", False), ("copied", True)):
+        args = mlp.Args(runs_dir=tmp_path, run_name=name, resume=resume, restarts=2, epochs=6, checkpoint_frequency=4)
+        args.device = "cpu"
+        run = mlp.Run(args, mlp.check(args))
+        run.finish(mlp.train(args, run))
+        parts = torch.load(run.dir / "checkpoint.pt", weights_only=True)["parts"]
+        weights.append([*parts["model"].values(), *parts["best"]["weights"].values()])
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+    curves = [scalars(tmp_path / name, "losses/validation") for name in ("whole", "copied")]
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]] == list(range(1, 13))
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -436,6 +470,12 @@ def test_text_that_looks_like_numbers_is_said(
     assert f"column lot: most of it looks like numbers, but not {first} in row 1" in capsys.readouterr().out
 
 
+def test_text_that_is_numbers_in_a_new_table_is_described(capsys: pytest.CaptureFixture) -> None:
+    encoding = {"inputs": [{"name": "year", "categories": ["1990", "?"], "missing": False}], "left_out": []}
+    mlp.describe(pd.DataFrame({"year": ["1990", "1991"]}), encoding)
+    assert "column year: 1 rows have others, such as 1991" in capsys.readouterr().out
+
+
 def test_row_numbers_are_left_out_and_whole_numbers_over_64_bits_are_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -457,7 +497,7 @@ def test_names_with_dollars_are_drawn_and_new_categories_and_files_of_one_name_a
     trained = run("mlp_regression", *flags, cwd=tmp_path)
     assert (trained.returncode, trained.stderr) == (0, "")
     figures = trained.stdout.splitlines()[-1].split(": ")[1]
-    again = run("mlp_regression", "--evaluate", "runs/t/model.pt", cwd=tmp_path)  # the same table: its test rows
+    again = run("mlp_regression", "--evaluate", "runs/t/model.pt", "--seed", "7", cwd=tmp_path)  # its own test rows
     assert again.stdout.splitlines()[-1].split(": ")[1] == figures
     (tmp_path / "new").mkdir()
     frame.assign(garden="Yes").to_csv(tmp_path / "new" / "t.csv", index=False)
