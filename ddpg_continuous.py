@@ -196,9 +196,10 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
         needs = "needs vectors (Box) of observations and of bounded continuous actions"
         fail(f"--env-id {args.env_id}: {needs}, not {spaces}; gymnasium.wrappers such as TransformAction change them")
+    env = Rescaled(env)
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
-    return Rescaled(env)
+    return env
 
 
 class Actor(nn.Sequential):

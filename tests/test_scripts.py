@@ -214,22 +214,30 @@ def test_a_signal_ends_an_evaluation_at_once(
 
 
 def test_a_finished_run_is_left_alone_and_other_flags_are_refused(
-    script: str, finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    script: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(finished.parent.parent)
-    before, module, flags = files(finished), importlib.import_module(script), ["--run-name", "whole", "--resume"]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *SHORT[script], *flags])
-    with pytest.raises(SystemExit, match="0"):
-        module.main()
-    assert "finished" in capsys.readouterr().out
+    """Each call has a copy, for a process keeps the lock of a folder."""
+    monkeypatch.chdir(tmp_path)
+    module, another = (
+        importlib.import_module(name) for name in (script, {"dqn_atari": "ddpg_continuous"}.get(script, "dqn_atari"))
+    )
     length = "--total-timesteps" if script in AGENTS else "--epochs"
-    for other in (["--seed", "7"], [length, "5000"]):
-        message = message_of(module, [*SHORT[script], *flags, *other], capsys, monkeypatch)
-        assert f"{' '.join(other)}: runs/whole was started with" in message
-    assert script not in AGENTS or "length is fixed" in message
-    another = importlib.import_module("dqn_atari" if script != "dqn_atari" else "ddpg_continuous")
-    assert "was started with" in message_of(another, flags, capsys, monkeypatch)
-    assert files(finished) == before
+    given = {"seed": ["--seed", "7"], "length": [length, "5000"], "script": [], "same": []}
+    for name, flags in given.items():
+        shutil.copytree(finished, f"runs/{name}")
+        before, flags = files(tmp_path), [*SHORT[script], *flags, "--run-name", name, "--resume"]
+        if name == "same":
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+            with pytest.raises(SystemExit, match="0"):
+                module.main()
+            assert "finished" in capsys.readouterr().out
+        elif name == "script":
+            assert "was started with" in message_of(another, ["--run-name", name, "--resume"], capsys, monkeypatch)
+        else:
+            message = message_of(module, flags, capsys, monkeypatch)
+            assert f"{' '.join(given[name])}: runs/{name} was started with" in message
+            assert name == "seed" or script not in AGENTS or "length is fixed" in message
+        assert files(tmp_path) == before
 
 
 @agents_only
