@@ -1,9 +1,11 @@
 """What the tests of all scripts share."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -13,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and wrap their replay memory
     "dqn_atari": [
-        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "800"),
-        *("--learning-starts", "100", "--buffer-size", "400", "--target-network-frequency", "100"),
-        *("--train-frequency", "20", "--checkpoint-frequency", "100", "--eval-episodes", "1"),
+        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "500"),
+        *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
+        *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-episodes", "1"),
     ],
     "ddpg_continuous": [
         *("--env-id", "Pendulum-v1", "--total-timesteps", "1200", "--learning-starts", "300", "--buffer-size", "400"),
@@ -23,33 +25,12 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--hidden-sizes", "32", "32"),
     ],
     "mlp_regression": [
-        *("--dataset", "circle", "--noise", "0.1", "--samples", "400", "--optimizer", "adam", "--batch-size", "10"),
+        *("--dataset", "circle", "--noise", "0.1", "--samples", "200", "--optimizer", "adam", "--batch-size", "10"),
         *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
     ],
 }
 AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments
-INTERRUPTER = """
-import errno, os, runpy, signal, sys
-what, moment, function, call = sys.argv[1:5]
-original, calls = getattr(os, function), 0
-def interrupted(*args, **options):
-    global calls
-    calls += 1
-    now = call in (str(calls), os.path.basename(str(args[-1])))
-    if now and moment == "before":
-        strike()
-    result = original(*args, **options)
-    if now and moment == "after":
-        strike()
-    return result
-def strike():
-    if what == "ENOSPC":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getpid(), getattr(signal, what))
-setattr(os, function, interrupted)
-sys.argv = sys.argv[5:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+STARTER = []  # the process that starts scripts, once there is one
 DEADLINE = 240  # seconds that any process of a test may take, on a busy machine
 
 
@@ -60,8 +41,22 @@ def run_python(*command: object, cwd: Path, **environment: str) -> subprocess.Co
     return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=DEADLINE)
 
 
-def run(script: str, *flags: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    return run_python(ROOT / f"{script}.py", *flags, cwd=cwd, **environment)
+def run(
+    script: str, *flags: object, cwd: Path, interruption: tuple[str, str, int | str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """A script in a process of its own, as `run_python` would start it, but sooner: see starter.py."""
+    if not STARTER:
+        command, env = (
+            [sys.executable, "-W", "error", ROOT / "tests" / "starter.py"],
+            os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        STARTER.append(subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    task = {"command": [str(ROOT / f"{script}.py"), *map(str, flags)], "cwd": str(cwd), "deadline": DEADLINE}
+    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
+        task |= {"output": [stdout.name, stderr.name], "interruption": interruption}
+        print(json.dumps(task), file=STARTER[0].stdin, flush=True)
+        returncode = int(STARTER[0].stdout.readline())
+        return subprocess.CompletedProcess(task["command"], returncode, stdout.read(), stderr.read())
 
 
 def run_interrupted(
@@ -71,7 +66,7 @@ def run_interrupted(
 
     The call is a number, or the name of the file that the function is called with.
     """
-    return run_python("-c", INTERRUPTER, what, moment, function, call, ROOT / f"{script}.py", *flags, cwd=cwd)
+    return run(script, *flags, cwd=cwd, interruption=(what, moment, function, call))
 
 
 def run_until_killed(script: str, moment: str, call: int | str, *flags: object, cwd: Path) -> None:
