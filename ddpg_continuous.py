@@ -382,22 +382,22 @@ DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, n
 FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
 
 
-def number(kind: type, low: float, high: float, words: str) -> PrimitiveConstructorSpec:
+def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstructorSpec:
     """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
 
     def parse(given: list[str]) -> float:
-        if not low <= kind(given[0]) <= high:  # nan is refused too
-            raise ValueError(f"{given[0]} is not {words}")
-        return kind(given[0])
+        if low <= kind(given[0]) <= high:
+            return kind(given[0])
+        raise ValueError(f"{given[0]} is not {words}")
 
     return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
 
 
-Count = Annotated[int, number(int, 1, 2**62, "INT >= 1")]
-Natural = Annotated[int, number(int, 0, 2**62, "INT >= 0")]
-Positive = Annotated[float, number(float, 1e-300, 1e300, "FLOAT > 0")]
-NonNegative = Annotated[float, number(float, 0, 1e300, "FLOAT >= 0")]
-Fraction = Annotated[float, number(float, 0, 1, "FLOAT from 0 to 1")]
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
 
 
 def fail(message: str) -> NoReturn:
@@ -409,15 +409,15 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
-    for name, value in now.items():
-        if name not in free and value != started.get(name):
+    for name in now.keys() - free:
+        if now[name] != started.get(name):
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {value}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
 
 
 def save(path: Path, content: dict) -> None:
     """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
-    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
         file.write(as_json) if as_json else torch.save(content, file)
         file.flush()
@@ -444,18 +444,16 @@ class Run:
     def __init__(self, args: Args, subject: str):
         self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
         self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
-        self.progress = {"step": 0, "return": 0.0, "length": 0, "returns": [], "first_update": None}
+        self.progress = {"step": 0, "episodes": {}, "returns": [], "first_update": None}
         default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
         name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
         self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
         self.evaluating = self.stopping = False
         if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
-            fail(
-                f"--run-name {name}: must be a plain and new name in {args.runs_dir}; --resume goes on with an old one"
-            )
+            fail(f"--run-name {name}: must be a plain and new name in {args.runs_dir}, or --resume an old one")
         fcntl = importlib.import_module("fcntl")  # Windows has none
         self.wandb = importlib.import_module("wandb") if args.track else None
-        self.made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
+        self.made = not self.dir.exists()
         self.dir.mkdir(parents=True, exist_ok=True)
         try:
             fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -488,7 +486,7 @@ class Run:
 
     def restore(self, **parts: object) -> bool:
         """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
-        self.parts, self.made, flags, state = parts, [], vars(self.args), self.checkpoint or {"events": {}}
+        self.parts, self.made, flags, state = parts, False, vars(self.args), self.checkpoint or {"events": {}}
         for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
             os.truncate(path, state["events"].get(path.name, 0))
         if self.checkpoint:
@@ -525,13 +523,12 @@ class Run:
         The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
         """
         args, progress, self.size = self.args, self.progress, size
-        line = {"mininterval": 60, "bar_format": "{n_fmt} of {total_fmt}, {rate_fmt}{postfix}\n"}
-        line = {} if sys.stdout.isatty() else line
+        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
         with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
             while progress["step"] < total:
                 if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
                     self.evaluate(model, None)
-                progress["step"] += size
+                self.counted, progress["step"] = progress["step"], progress["step"] + size
                 yield progress["step"]
                 self.bar.update(size)
                 self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
@@ -545,24 +542,28 @@ class Run:
         """Whether this step is one of every so many."""
         return frequency > 0 and self.progress["step"] % frequency < self.size
 
-    def count_reward(self, reward: float, done: bool) -> None:
-        """Adds a step to its episode; where it is done, its return and length are logged."""
-        progress = self.progress
-        progress |= {"return": progress["return"] + reward, "length": progress["length"] + 1}
-        if done:
-            self.writer.add_scalar("charts/episodic_return", progress["return"], progress["step"])
-            self.writer.add_scalar("charts/episodic_length", progress["length"], progress["step"])
-            progress |= {"returns": [*progress["returns"], progress["return"]][-100:], "return": 0.0, "length": 0}
-            self.bar.set_postfix_str(f"return {np.mean(progress['returns']):.6g}", refresh=False)
+    def count_reward(self, reward: float, done: bool, env: int = 0) -> None:
+        """Adds a step to the episode of an environment; where it is done, its return and length are logged."""
+        self.counted += 1
+        total, length = self.progress["episodes"].pop(env, (0.0, 0))
+        total, length = total + reward, length + 1
+        if not done:
+            self.progress["episodes"][env] = total, length
+            return
+        self.writer.add_scalar("charts/episodic_return", total, self.counted)
+        self.writer.add_scalar("charts/episodic_length", length, self.counted)
+        returns = self.progress["returns"] = [*self.progress["returns"], total][-100:]
+        self.bar.set_postfix_str(f"return {np.mean(returns):.6g}", refresh=False)
 
     def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
         """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
-        if self.progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
-            self.progress["first_update"] = self.progress["step"], time.time() - self.start
+        step, progress = self.progress["step"], self.progress
+        if progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            progress["first_update"] = step, time.time() - self.start
         for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
             if not math.isfinite(value := float(torch.as_tensor(value).detach())):
-                fail(f"{tag} is {value:g} in step {self.progress['step']:,}; try a lower --learning-rate")
-            self.writer.add_scalar(tag, value, self.progress["step"])
+                fail(f"{tag} is {value:g} in step {step:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, step)
 
     def save_checkpoint(self) -> None:
         """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
@@ -590,9 +591,9 @@ class Run:
 
     def finish(self, model: dict[str, object]) -> dict[str, float]:
         """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
-        flags = {name: value for name, value in vars(self.args).items() if name not in FREE}
-        states = {name: part.state_dict() for name, part in model.items()}
-        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model", "args": flags} | states)
+        content = {"args": {name: value for name, value in vars(self.args).items() if name not in FREE}}
+        content |= {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model"} | content)
         progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
         rate = (progress["step"] - step) / (time.time() - self.start - second)
         figures = self.evaluate(model, self.dir)
@@ -638,10 +639,10 @@ def main() -> None:
         hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
         fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
     finally:
-        for folder in run.made if run else ():  # its training did not begin
-            for path in folder.glob("replay.*"):
+        if run and run.made:  # its training did not begin
+            for path in run.dir.glob("replay.*"):
                 path.unlink()
-            folder.rmdir()
+            run.dir.rmdir()
 
 
 if __name__ == "__main__":
