@@ -165,7 +165,7 @@ class Rescaled(gym.Wrapper):
         if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
             hint = "" if np.isfinite(action).all() else "; try a lower --learning-rate"
             fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {scaled}{hint}")
-        self.actions.append(action)
+        self.actions.append(action.copy())
         self.episodic_return += reward
         return self.obs, reward, bool(terminated), bool(truncated), info
 
@@ -190,7 +190,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
     except (ImportError, gym.error.Error) as error:
-        fail(f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id))
+        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id)
+        fail(f"--env-id {args.env_id}: {error}{hint}" + "; for Atari take *_atari.py" * ("ALE/" in args.env_id))
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
