@@ -187,16 +187,18 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
     except (ImportError, gym.error.Error) as error:
-        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id)
-        fail(f"--env-id {args.env_id}: {error}{hint}" + "; for Atari take *_atari.py" * ("ALE/" in args.env_id))
+        fail(
+            f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
+        )
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
-        needs = "needs vectors (Box) of observations and of bounded continuous actions"
-        fail(f"--env-id {args.env_id}: {needs}, not {spaces}; gymnasium.wrappers such as TransformAction change them")
+        hint = atari or "; gymnasium.wrappers such as TransformAction change them"
+        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and of bounded actions, not {spaces}{hint}")
     env = Rescaled(env)
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)

@@ -191,16 +191,18 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
     except (ImportError, gym.error.Error) as error:
-        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id)
-        fail(f"--env-id {args.env_id}: {error}{hint}" + "; for Atari take *_atari.py" * ("ALE/" in args.env_id))
+        fail(
+            f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
+        )
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
-        needs = "needs vectors (Box) of observations and of bounded continuous actions"
-        fail(f"--env-id {args.env_id}: {needs}, not {spaces}; gymnasium.wrappers such as TransformAction change them")
+        hint = atari or "; gymnasium.wrappers such as TransformAction change them"
+        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and of bounded actions, not {spaces}{hint}")
     env = Rescaled(env)
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
@@ -336,11 +338,23 @@ def clipped_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_coef: fl
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
 
 
-def diagnostics(log_ratio: torch.Tensor, clip_coef: float) -> dict[str, torch.Tensor]:
-    """Of a minibatch: an estimate of KL(pi_old || pi) (Schulman 2020, k3), and the part of ratios that are clipped."""
-    ratio = log_ratio.detach().exp()
+def normalise(advantage: torch.Tensor) -> torch.Tensor:
+    """The advantages of a minibatch, (batch,), at mean 0 and standard deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def diagnostics(
+    log_ratio: torch.Tensor, clip_coef: float, value: np.ndarray, target: np.ndarray
+) -> dict[str, float | torch.Tensor]:
+    """Of a minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part that is clipped.
+
+    Of a rollout (T, n_envs): the part of the targets' variance that the values explain.
+    """
+    log_ratio = log_ratio.detach()
+    ratio, unexplained = log_ratio.exp(), (target - value).var() / max(target.var(), 1e-30)
     clipped = ((ratio - 1).abs() > clip_coef).float().mean()
-    return {"losses/approx_kl": (ratio - 1 - log_ratio.detach()).mean(), "losses/clipfrac": clipped}
+    kl = (ratio - 1 - log_ratio).mean()
+    return {"losses/approx_kl": kl, "losses/clipfrac": clipped, "losses/explained_variance": 1 - unexplained}
 
 
 def train(args: Args, run: Run) -> dict[str, object]:
@@ -373,37 +387,33 @@ def train(args: Args, run: Run) -> dict[str, object]:
             noise = std * rng.standard_normal((args.num_envs, d_action), np.float32)
             action[t] = policy.act(obs_moments.normalise(obs[t])) + noise
             for i, env in enumerate(envs):
-                next_obs[t, i], reward[t, i], terminated[t, i], truncated, _ = env.step(action[t, i])
-                done[t, i] = terminated[t, i] or truncated
-                run.count_reward(float(reward[t, i]), bool(done[t, i]), i)
+                next_obs[t, i], score, terminated[t, i], truncated, _ = env.step(action[t, i])
+                reward[t, i], done[t, i] = score, terminated[t, i] or truncated
+                run.count_reward(score, terminated[t, i] or truncated, i)
                 if done[t, i]:
                     env.reset()
         # 4: values, log-probabilities
-        b_obs, b_next_obs, b_action = (
-            torch.from_numpy(rows).to(device).flatten(0, 1)
-            for rows in (obs_moments.normalise(obs), obs_moments.normalise(next_obs), action)
-        )
+        rows = obs_moments.normalise(obs), obs_moments.normalise(next_obs), action
+        b_obs, b_next_obs, b_action = (torch.from_numpy(x).to(device).flatten(0, 1) for x in rows)
         with torch.no_grad():
             b_log_prob = policy.log_prob(b_obs, b_action)
-            value, next_value = (value_function(rows).view(shape).cpu().numpy() for rows in (b_obs, b_next_obs))
+            value, next_value = (value_function(x).view(shape).cpu().numpy() for x in (b_obs, b_next_obs))
         # 5: advantages
         scaled = reward_scale.scale(reward, done)
         advantage = gae(scaled, terminated, done, value, next_value, args.gamma, args.gae_lambda)
         target = advantage + value
-        b_advantage, b_target = (torch.from_numpy(column).to(device).flatten() for column in (advantage, target))
 
         # 6: for K epochs, for each minibatch of the shuffled steps
+        b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
+        batch = b_obs, b_action, b_log_prob, b_advantage, b_target
         for _ in range(args.update_epochs):
             order = torch.from_numpy(rng.permutation(size)).to(device)
-            batch = (
-                part[order].chunk(args.num_minibatches) for part in (b_obs, b_action, b_log_prob, b_advantage, b_target)
-            )
-            for mb_obs, mb_action, mb_log_prob, mb_advantage, mb_target in zip(*batch, strict=True):
+            minibatches = zip(*(x[order].chunk(args.num_minibatches) for x in batch), strict=True)
+            for mb_obs, mb_action, mb_log_prob, mb_advantage, mb_target in minibatches:
                 # 7: ratio r(theta)
                 log_ratio = policy.log_prob(mb_obs, mb_action) - mb_log_prob
                 # 8: L_CLIP
-                mb_advantage = (mb_advantage - mb_advantage.mean()) / (mb_advantage.std() + 1e-8)
-                policy_loss = clipped_loss(log_ratio, mb_advantage, args.clip_coef)
+                policy_loss = clipped_loss(log_ratio, normalise(mb_advantage), args.clip_coef)
                 # 9: value loss and entropy
                 value_loss, entropy = F.mse_loss(value_function(mb_obs), mb_target) / 2, policy.entropy()
                 loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
@@ -412,13 +422,11 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 loss.backward()
                 weights.grad.mul_((args.max_grad_norm / (weights.grad.norm() + 1e-6)).clamp(max=1))
                 adam.step()
-        obs_moments.update(obs)
+        obs_moments.update(obs)  # for the next rollout
         run.log({"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy})
         run.log(
-            diagnostics(log_ratio, args.clip_coef)
-            | {"losses/explained_variance": 1 - (target - value).var() / target.var()}
+            diagnostics(log_ratio, args.clip_coef, value, target) | {"charts/learning_rate": adam.param_groups[0]["lr"]}
         )
-        run.log({"charts/learning_rate": adam.param_groups[0]["lr"]})
         # 11: the learning rate falls linearly
         adam.param_groups[0]["lr"] = args.learning_rate * (1 - step / (iterations * size))
 

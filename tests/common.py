@@ -24,12 +24,23 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--checkpoint-frequency", "150", "--eval-frequency", "500", "--eval-episodes", "1", "--batch-size", "64"),
         *("--hidden-sizes", "32", "32"),
     ],
+    "ppo_continuous": [
+        *("--env-id", "Pendulum-v1", "--total-timesteps", "1280", "--num-envs", "2", "--num-steps", "64"),
+        *("--num-minibatches", "4", "--update-epochs", "2", "--checkpoint-frequency", "128"),
+        *("--eval-frequency", "500", "--eval-episodes", "1"),
+    ],
+    "ppo_atari": [
+        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "640", "--num-envs", "2"),
+        *("--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--checkpoint-frequency", "64"),
+        *("--eval-episodes", "1"),
+    ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "200", "--optimizer", "adam", "--batch-size", "10"),
         *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
     ],
 }
-AGENTS = ["ddpg_continuous", "dqn_atari"]  # the scripts that act in environments
+OFF_POLICY = ["ddpg_continuous", "dqn_atari"]  # the scripts with a replay memory
+AGENTS = [*OFF_POLICY, "ppo_atari", "ppo_continuous"]  # the scripts that act in environments
 STARTER = []  # the process that starts scripts, once there is one
 DEADLINE = 240  # seconds that any process of a test may take, on a busy machine
 

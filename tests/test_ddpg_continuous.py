@@ -573,7 +573,7 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
         ("--env-id Hopper-v3", "--env-id Hopper-v3: "),
         ("--env-id nowhere:Hopper-v5", "No module named 'nowhere'"),
         ("--env-id nowhere:Hopper-v5", "(PYTHONPATH names a module's folder)"),
-        ("--env-id CartPole-v1", "needs vectors (Box) of observations and of bounded continuous actions"),
+        ("--env-id CartPole-v1", "needs vectors (Box) of observations and of bounded actions"),
         ("--env-id Integers-v0", "needs vectors (Box)"),
         ("--env-id Images-v0", "needs vectors (Box)"),
         ("--env-id Dictionaries-v0", "needs vectors (Box)"),
