@@ -235,17 +235,17 @@ def make_atari(args: Args, rng: np.random.Generator, video_dir: Path | None = No
 
 
 class StackedScreens(gym.Wrapper):
-    """The last four screens of a game, uint8 (4, 84, 84), black before its start: `obs`."""
+    """The last four screens of a game, uint8 (84, 84, 4), black before its start: `obs`."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         screen, info = self.env.reset(seed=seed, options=options)
-        self.obs = np.zeros((STACK, *screen.shape), np.uint8)
-        self.obs[-1] = screen
+        self.obs = np.zeros((*screen.shape, STACK), np.uint8)
+        self.obs[..., -1] = screen
         return self.obs, info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         screen, reward, terminated, truncated, info = self.env.step(action)
-        self.obs = np.concatenate([self.obs[1:], screen[None]])
+        self.obs = np.concatenate([self.obs[..., 1:], screen[..., None]], axis=-1)
         return self.obs, reward, terminated, truncated, info
 
     def state_dict(self) -> dict:
@@ -257,7 +257,7 @@ class StackedScreens(gym.Wrapper):
 
 
 class ActorCritic(nn.Module):
-    """pi_theta and V_phi: observations, uint8 (batch, 4, 84, 84), to logits (batch, n_actions) and values (batch,)."""
+    """pi_theta and V_phi: observations, uint8 (batch, 84, 84, 4), to logits (batch, n_actions) and values (batch,)."""
 
     def __init__(self, n_actions: int):
         super().__init__()
@@ -278,15 +278,14 @@ class ActorCritic(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.layers(obs / 255)
+        features = self.layers((obs / 255).permute(0, 3, 1, 2))  # screens last in memory: a third faster on a CPU
         return self.policy(features), self.value(features).squeeze(1)
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples actions for observations (batch, 4, 84, 84): actions, log pi(a | s) and V(s), each (batch,)."""
+        """Samples actions for observations (batch, 84, 84, 4): actions, log pi(a | s) and V(s), each (batch,)."""
         logits, value = (x.cpu().numpy() for x in self(torch.from_numpy(obs).to(self.value.weight.device)))
         action = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)  # distributed as softmax(logits)
         log_prob = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
@@ -352,7 +351,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
             env.reset(seed=int(rng.integers(2**31)))
 
     shape = args.num_steps, args.num_envs
-    obs = np.zeros((*shape, STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
+    obs = np.zeros((*shape, FRAME_SIZE, FRAME_SIZE, STACK), np.uint8)
     action = np.zeros(shape, np.int64)
     reward, log_prob, value, next_value, terminal, done = np.zeros((6, *shape), np.float32)
     size = args.num_steps * args.num_envs

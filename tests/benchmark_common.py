@@ -29,13 +29,11 @@ class Args:
     """device of both"""
 
 
-def ours(script: str, args: Args, flags: dict[str, object]) -> float:
+def ours(script: str, args: Args, flags: dict[str, object], first_update: int = FIRST_UPDATE) -> float:
     """Steps per second of one of our scripts, from the first update on."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = flags | {
-            **{"--total-timesteps": FIRST_UPDATE + args.steps, "--learning-starts": FIRST_UPDATE},
-            **{"--device": args.device, "--eval-episodes": 0, "--runs-dir": folder, "--run-name": "benchmark"},
-        }
+        flags = flags | {"--total-timesteps": first_update + args.steps, "--device": args.device}
+        flags |= {"--eval-episodes": 0, "--runs-dir": folder, "--run-name": "benchmark"}
         command = [sys.executable, ROOT / script, *(str(part) for flag in flags.items() for part in flag)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads((Path(folder) / "benchmark" / "result.json").read_text())["steps_per_second"]
@@ -47,22 +45,24 @@ def theirs(args: Args, library: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def time_peer(model, steps: int) -> None:
-    """Trains a model with stable-baselines3's interface, and prints its steps per second once it is warm."""
+def time_peer(model, steps: int, warm: int = FIRST_UPDATE + WARM_UP) -> None:
+    """Trains a model with stable-baselines3's interface, and prints its steps per second after the warm ones."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
     class Stopwatch(BaseCallback):
         start = 0.0
 
-        def _on_step(self) -> bool:
-            if self.num_timesteps == FIRST_UPDATE + WARM_UP:
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps == warm:
                 self.start = time.perf_counter()
+
+        def _on_step(self) -> bool:
             return True
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     stopwatch = Stopwatch()
-    model.learn(FIRST_UPDATE + WARM_UP + steps, callback=stopwatch)
+    model.learn(warm + steps, callback=stopwatch)
     print(steps / (time.perf_counter() - stopwatch.start))
 
 

@@ -81,7 +81,9 @@ def main() -> None:
         return run_products() if library == "products" else run_peer(library, steps, device)
     args = tyro.cli(Args, description=__doc__)
     programs = {
-        "this script": lambda: ours("ddpg_continuous.py", args, {"--env-id": ENV_ID}),
+        "this script": lambda: ours(
+            "ddpg_continuous.py", args, {"--env-id": ENV_ID, "--learning-starts": FIRST_UPDATE}
+        ),
         "SBX": lambda: theirs(args, "sbx"),
         "stable-baselines3": lambda: theirs(args, "stable-baselines3"),
         "products": lambda: theirs(args, "products"),

@@ -133,7 +133,7 @@ def main() -> None:
     if sys.argv[1:] == ["memory"]:
         return measure_memory()
     args = tyro.cli(Args, description=__doc__)
-    flags = {"--env-id": ENV_ID, "--start-e": 0.05, "--end-e": 0.05}
+    flags = {"--env-id": ENV_ID, "--start-e": 0.05, "--end-e": 0.05, "--learning-starts": FIRST_UPDATE}
     programs = {
         "this script": lambda: ours("dqn_atari.py", args, flags),
         "stable-baselines3": lambda: theirs(args, "stable-baselines3"),

@@ -152,7 +152,7 @@ def test_atari_too_and_a_lost_life_is_terminal_but_the_game_goes_on(
     monkeypatch.setattr(ppo_atari, "make_atari", lambda _, rng: Screens(rng, next(limits)))
 
     def forward(network: torch.nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return network.policy.bias.expand(len(obs), -1), obs[:, -1, 0, 0].float() + 0 * network.value.bias
+        return network.policy.bias.expand(len(obs), -1), obs[:, 0, 0, -1].float() + 0 * network.value.bias
 
     monkeypatch.setattr(ppo_atari.ActorCritic, "forward", forward)
     run = make_run(tmp_path, ppo_atari, "ALE/Pong-v5", **SMALL)
@@ -172,10 +172,10 @@ def test_atari_too_and_a_lost_life_is_terminal_but_the_game_goes_on(
 def test_screens_are_stacked_and_black_before_the_start() -> None:
     env = ppo_atari.StackedScreens(Screens(np.random.default_rng(0), limit=9))
     obs, _ = env.reset()
-    greys = [obs[:, 0, 0].tolist()]
+    greys = [obs[0, 0].tolist()]
     for _ in range(5):
         obs, *_ = env.step(0)
-        greys.append(obs[:, 0, 0].tolist())
+        greys.append(obs[0, 0].tolist())
         assert obs is env.obs
     assert greys == [[0] * 4, [0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
 
@@ -222,7 +222,7 @@ def test_atari_samples_from_the_softmax() -> None:
     torch.manual_seed(0)
     network = ppo_atari.ActorCritic(3)
     network.policy.bias.data = torch.tensor([0.0, 1.0, -1.0])
-    obs = np.random.default_rng(0).integers(256, size=(1, 4, 84, 84)).astype(np.uint8)
+    obs = np.random.default_rng(0).integers(256, size=(1, 84, 84, 4)).astype(np.uint8)
     logits, value = network(torch.from_numpy(obs))
     categorical = torch.distributions.Categorical(logits=logits[0])
     rng, counts = np.random.default_rng(0), np.zeros(3)
