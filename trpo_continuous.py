@@ -1,0 +1,789 @@
+"""TRPO on continuous control in one file, after Schulman et al. 2015, "Trust region policy optimization".
+
+    python trpo_continuous.py --env-id Hopper-v5 --seed 2                   # train; curves and weights in runs/
+    python trpo_continuous.py --env-id Hopper-v5 --run-name h --resume      # start, or go on after a kill, to the bit
+    python trpo_continuous.py --evaluate runs/h/model.pt --capture-video    # act with a trained policy
+
+Trust region policy optimisation. The numbers stand again in `train`, where each line happens.
+
+     1  initialise policy pi_theta and value function V_phi
+     2  for each iteration:
+     3      run pi_theta_old in N environments for T steps
+     4      advantages A_t = sum over l of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+     5      g = gradient by theta of the surrogate, the mean of pi_theta(a | s) / pi_theta_old(a | s) A
+     6      x = F^-1 g by conjugate gradients; F v = gradient of (gradient of the mean KL(pi_theta_old, pi_theta)) v
+     7      step beta = sqrt(2 delta / (x F x))
+     8      theta = theta_old + alpha^j beta x, with the first j = 0, 1, ... for which the surrogate is better than
+            before and the mean KL is at most delta; where there is none, theta_old stays
+     9      fit V_phi to A + V_old
+
+Differs from the paper:
+- Advantages are estimated as in Schulman et al. 2016 with a fitted value function; the paper takes returns.
+- F has `--cg-damping` added on its diagonal, as in the authors' code (OpenAI's baselines).
+- A terminal state has no value. The end by a time limit is no terminal state: delta_t takes V of its true last state.
+- As in sb3-contrib and Tianshou: observations are normalised by their mean and variance so far and rewards divided by
+  the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are normalised; initial
+  weights are orthogonal. The statistics are those of the rollouts before, so that a state has one value.
+- An action is clipped to its bounds when the environment takes it; the policy is asked about the unclipped one.
+
+The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,mujoco]==1.4.0",
+#     "moviepy==2.2.1",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
+
+with contextlib.suppress(ImportError):  # Gymnasium's model of HalfCheetah has an attribute that MuJoCo 4 deprecates
+    import mujoco
+
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+
+EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
+LOG_FREQUENCY = 1  # steps between two records of losses: every iteration
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "HalfCheetah-v5"
+    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
+    total_timesteps: Count = 1_000_000
+    """steps to train for, of all environments together; the last ones that fill no rollout are left out"""
+    num_envs: Count = 1
+    """N: environments"""
+    num_steps: Count = 2048
+    """T: steps of each environment in a rollout"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.95
+    """lambda of generalised advantage estimation"""
+    target_kl: Positive = 0.01
+    """delta: largest mean KL divergence between the policies before and after an iteration"""
+    cg_steps: Count = 15
+    """steps of conjugate gradients"""
+    cg_damping: NonNegative = 0.1
+    """added to the diagonal of F"""
+    line_search_steps: Count = 10
+    """trials of the line search"""
+    line_search_shrink: Fraction = 0.8
+    """alpha: factor between the steps of two trials"""
+    learning_rate: Positive = 1e-3
+    """learning rate of Adam for V_phi"""
+    num_minibatches: Count = 16
+    """minibatches in an epoch of the fit of V_phi"""
+    update_epochs: Count = 10
+    """epochs of the fit of V_phi over a rollout"""
+
+    # The run
+    seed: Natural = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    device: Literal[DEVICES] = "auto"
+    """auto takes an accelerator where there is one"""
+    runs_dir: Path = Path("runs")
+    """folder that holds the runs"""
+    run_name: str = ""
+    """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
+    resume: bool = False
+    """go on from the checkpoint of --run-name; start the run where there is none"""
+    checkpoint_frequency: Natural = 10_000
+    """steps between two checkpoints; 0: none"""
+    eval_frequency: Natural = 0
+    """steps between two evaluations during the training, in an environment of their own; 0: none"""
+    eval_episodes: Natural = 10
+    """episodes of an evaluation, also of the one after the training; 0: none"""
+    evaluate: Path | None = None
+    """a model.pt to evaluate, instead of training"""
+    capture_video: bool = False
+    """record the episodes of the last evaluation as mp4"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb); WANDB_PROJECT and WANDB_ENTITY say where"""
+
+
+class Rescaled(gym.Wrapper):
+    """Actions in [-1, 1] in every dimension; float32 observations, the newest of which is `obs`.
+
+    A checkpoint holds how the episode began and what was done since, to play it again, as environments can that draw
+    their random numbers from `np_random`. Others are refused.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.low, self.high = np.float64(env.action_space.low), np.float64(env.action_space.high)
+        self.action_space = gym.spaces.Box(-1, 1, env.action_space.shape)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self.env.reset(seed=seed)
+        self.start, self.actions, self.episodic_return = self.unwrapped.np_random.bit_generator.state, [], 0.0
+        obs, info = self.env.reset(options=options)
+        self.obs = np.array(obs, np.float32)
+        if not np.isfinite(self.obs).all():
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} on reset")
+        return self.obs, info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Takes actions in [-1, 1], float32 (d_action,)."""
+        scaled = (self.low + (action + 1) / 2 * (self.high - self.low)).clip(self.low, self.high)
+        obs, reward, terminated, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
+        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
+        if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
+            hint = "" if np.isfinite(action).all() else "; try a lower --learning-rate"
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {scaled}{hint}")
+        self.actions.append(action.copy())
+        self.episodic_return += reward
+        return self.obs, reward, bool(terminated), bool(truncated), info
+
+    def state_dict(self) -> dict:
+        actions = torch.from_numpy(np.array(self.actions, np.float32))
+        return {"start": self.start, "actions": actions, "obs": self.obs.tolist(), "return": self.episodic_return}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.env.reset(seed=0)
+        self.unwrapped.np_random.bit_generator.state = state["start"]
+        self.reset()
+        for action in state["actions"].numpy():
+            self.step(action)
+        if (self.obs.tolist(), self.episodic_return) != (state["obs"], state["return"]):
+            fail(f"--resume: {self.spec.id} does not play an episode again as it was; its runs can only start anew")
+
+
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
+    if "DISPLAY" not in os.environ and sys.platform == "linux":
+        os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
+    try:
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
+    except (ImportError, gym.error.Error) as error:
+        fail(
+            f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
+        )
+    spaces = env.observation_space, env.action_space
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
+        hint = atari or "; gymnasium.wrappers such as TransformAction change them"
+        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and of bounded actions, not {spaces}{hint}")
+    env = Rescaled(env)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
+    return env
+
+
+class RunningMoments:
+    """Mean and variance of all rows so far, after Chan, Golub and LeVeque 1983; before the first 0 and 1."""
+
+    def __init__(self, *shape: int):
+        self.count, self.mean, self.var = 0, np.zeros(shape), np.ones(shape)
+
+    def update(self, rows: np.ndarray) -> None:
+        """Takes rows (..., *shape) in."""
+        rows = rows.reshape(-1, *self.mean.shape).astype(np.float64)
+        count, delta = self.count + len(rows), rows.mean(0) - self.mean
+        between = delta**2 * self.count * len(rows) / count
+        self.var = (self.count * self.var + len(rows) * rows.var(0) + between) / count
+        self.mean, self.count = self.mean + delta * len(rows) / count, count
+
+    def normalise(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (..., *shape) at mean 0 and variance 1, clipped to [-10, 10], float32."""
+        return ((rows - self.mean) / np.sqrt(self.var + 1e-8)).clip(-10, 10).astype(np.float32)
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "mean": torch.tensor(self.mean), "var": torch.tensor(self.var)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count, self.mean, self.var = state["count"], state["mean"].numpy(), state["var"].numpy()
+
+
+class RewardScale(RunningMoments):
+    """Divides rewards by the standard deviation of the discounted return so far."""
+
+    def __init__(self, n_envs: int, gamma: float):
+        super().__init__()
+        self.gamma, self.discounted = gamma, np.zeros(n_envs)
+
+    def scale(self, reward: np.ndarray, done: np.ndarray) -> np.ndarray:
+        """Rewards and ends of episodes, both (T, n_envs), of the next rollout; gives float32, clipped to [-10, 10]."""
+        returns = np.zeros(reward.shape)
+        for t in range(len(reward)):
+            returns[t] = self.discounted = self.gamma * self.discounted + reward[t]
+            self.discounted = self.discounted * (1 - done[t])
+        self.update(returns)
+        return (reward / np.sqrt(self.var + 1e-8)).clip(-10, 10).astype(np.float32)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"discounted": torch.tensor(self.discounted)}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.discounted = state["discounted"].numpy()
+
+
+def mlp(d_in: int, d_out: int, gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units; weights are orthogonal, times `gain` in the last layer, and biases 0."""
+    layers = nn.Linear(d_in, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, d_out)
+    for layer, scale in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain), strict=True):
+        nn.init.orthogonal_(layer.weight, scale)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class Policy(nn.Module):
+    """pi_theta: a Gaussian with independent dimensions, whose standard deviation does not depend on the state."""
+
+    def __init__(self, d_obs: int, d_action: int):
+        super().__init__()
+        self.mean, self.log_std = mlp(d_obs, d_action, gain=0.01), nn.Parameter(torch.zeros(d_action))
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """log pi(a | s) of observations (batch, d_obs) and actions (batch, d_action): (batch,)."""
+        z = (action - self.mean(obs)) * (-self.log_std).exp()
+        return -0.5 * (z * z).sum(1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+
+    def entropy(self) -> torch.Tensor:
+        """Of the distribution, in nats; it is the same in every state."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The means for observations, float32 (batch, d_obs) to (batch, d_action)."""
+        return self.mean(torch.from_numpy(obs).to(self.log_std.device)).cpu().numpy()
+
+
+class ValueFunction(nn.Module):
+    """V_phi: observations (batch, d_obs) to values (batch,)."""
+
+    def __init__(self, d_obs: int):
+        super().__init__()
+        self.value = mlp(d_obs, 1, gain=1.0)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.value(obs).squeeze(1)
+
+
+def as_vector(network: nn.Module) -> nn.Parameter:
+    """The weights of a network as one vector, of which they become views: for Adam one tensor, for line 15 one line."""
+    parameters = list(network.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    vector.grad = torch.zeros_like(vector)
+    for parameter, weight, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = weight.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
+def gae(
+    reward: np.ndarray,
+    terminated: np.ndarray,
+    done: np.ndarray,
+    value: np.ndarray,
+    next_value: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16); all arrays are (T, n_envs), float32.
+
+    `terminated`: s_{t+1} is terminal; `done`: the episode ends there, by that or by a time limit; `next_value` is that
+    of the true s_{t+1}. What is cut off at the end of the rollout is estimated by its value too.
+    """
+    delta = reward + gamma * next_value * (1 - terminated) - value
+    advantage, following = np.zeros_like(delta), 0.0
+    for t in reversed(range(len(delta))):
+        following = advantage[t] = delta[t] + gamma * gae_lambda * (1 - done[t]) * following
+    return advantage
+
+
+def normalise(advantage: torch.Tensor) -> torch.Tensor:
+    """The advantages of a minibatch, (batch,), at mean 0 and standard deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def flat_gradient(scalar: torch.Tensor, network: nn.Module, **keep: bool) -> torch.Tensor:
+    """The gradient by all weights of a network, as one vector."""
+    return torch.cat([part.flatten() for part in torch.autograd.grad(scalar, list(network.parameters()), **keep)])
+
+
+def gaussian_kl(
+    mean: torch.Tensor, log_std: torch.Tensor, new_mean: torch.Tensor, new_log_std: torch.Tensor
+) -> torch.Tensor:
+    """Mean over the batch of KL(old || new) of Gaussians with independent dimensions, in nats.
+
+    Means are (batch, d_action), logarithms of standard deviations (d_action,).
+    """
+    ratio = ((2 * log_std).exp() + (mean - new_mean) ** 2) / (2 * new_log_std).exp()
+    return (new_log_std - log_std + (ratio - 1) / 2).sum(dim=1).mean()
+
+
+def conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], g: torch.Tensor, steps: int, tolerance: float = 1e-10
+) -> torch.Tensor:
+    """x with F x = g, for a positive definite F of which only v -> F v is known (Hestenes and Stiefel 1952)."""
+    x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
+    squared = residual @ residual
+    for _ in range(steps):
+        if squared < tolerance:
+            break
+        along = product(direction)
+        length = squared / (direction @ along)
+        x, residual = x + length * direction, residual - length * along
+        before, squared = squared, residual @ residual
+        direction = residual + squared / before * direction
+    return x
+
+
+def trust_region_step(
+    policy: Policy, theta: nn.Parameter, obs: torch.Tensor, action: torch.Tensor, advantage: torch.Tensor, args: Args
+) -> dict[str, float | torch.Tensor]:
+    """Lines 5 to 8: changes theta, the weights of the policy as a vector, or leaves it to the bit; returns what to log.
+
+    Takes observations (batch, d_obs), unclipped actions (batch, d_action) and normalised advantages (batch,).
+    """
+    with torch.no_grad():
+        log_prob, mean, log_std = policy.log_prob(obs, action), policy.mean(obs), policy.log_std.clone()
+
+    def surrogate() -> torch.Tensor:
+        return ((policy.log_prob(obs, action) - log_prob).exp() * advantage).mean()
+
+    def kl() -> torch.Tensor:
+        return gaussian_kl(mean, log_std, policy.mean(obs), policy.log_std)
+
+    # 5: g, the gradient of the surrogate
+    before = surrogate()
+    g = flat_gradient(before, policy)
+    # 6: x = F^-1 g by conjugate gradients; the graph of KL's gradient is kept, and differentiated for each product
+    kl_gradient = flat_gradient(kl(), policy, create_graph=True)
+
+    def fisher_product(v: torch.Tensor) -> torch.Tensor:
+        return flat_gradient(kl_gradient @ v, policy, retain_graph=True) + args.cg_damping * v
+
+    x = conjugate_gradients(fisher_product, g, args.cg_steps)
+    # 7: step beta
+    beta = (2 * args.target_kl / (x @ fisher_product(x)).clamp(min=1e-30)).sqrt()
+    # 8: line search
+    theta_old = theta.detach().clone()
+    for j in range(args.line_search_steps):
+        theta.data.copy_(theta_old + args.line_search_shrink**j * beta * x)
+        with torch.no_grad():
+            after, divergence, trials = surrogate(), kl(), j + 1
+        if after > before and divergence <= args.target_kl:
+            break
+    else:
+        theta.data.copy_(theta_old)
+        after, divergence, trials = before, 0.0, 0
+    return {"losses/policy_loss": -after, "losses/kl": divergence, "losses/line_search_steps": trials}
+
+
+def train(args: Args, run: Run) -> dict[str, object]:
+    """Trains as the listing above says; returns the policy and the statistics of observations."""
+    rng, device, envs = run.rng, run.device, [make_env(args) for _ in range(args.num_envs)]
+    d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    # 1: initialise policy pi_theta and value function V_phi
+    policy, value_function = Policy(d_obs, d_action).to(device), ValueFunction(d_obs).to(device)
+    theta, phi = as_vector(policy), as_vector(value_function)
+    adam = torch.optim.Adam([phi], lr=args.learning_rate, fused=True)
+    obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
+
+    parts = {"policy": policy, "value_function": value_function} | {f"env_{i}": env for i, env in enumerate(envs)}
+    if not run.restore(adam=adam, obs_moments=obs_moments, reward_scale=reward_scale, **parts):
+        for env in envs:
+            env.reset(seed=int(rng.integers(2**31)))
+
+    shape = args.num_steps, args.num_envs
+    obs, next_obs = np.zeros((2, *shape, d_obs), np.float32)
+    action = np.zeros((*shape, d_action), np.float32)
+    reward, terminated, done = np.zeros((3, *shape), np.float32)
+    size = args.num_steps * args.num_envs
+    iterations = args.total_timesteps // size
+    for _ in run.steps(iterations * size, size, policy=policy, obs_moments=obs_moments):  # 2: for each iteration
+        # 3: run pi_theta_old in N environments for T steps
+        std = policy.log_std.exp().detach().cpu().numpy()
+        for t in range(args.num_steps):
+            obs[t] = [env.obs for env in envs]
+            noise = std * rng.standard_normal((args.num_envs, d_action), np.float32)
+            action[t] = policy.act(obs_moments.normalise(obs[t])) + noise
+            for i, env in enumerate(envs):
+                next_obs[t, i], score, terminated[t, i], truncated, _ = env.step(action[t, i])
+                reward[t, i], done[t, i] = score, terminated[t, i] or truncated
+                run.count_reward(score, terminated[t, i] or truncated, i)
+                if done[t, i]:
+                    env.reset()
+        # 4: advantages
+        rows = obs_moments.normalise(obs), obs_moments.normalise(next_obs), action
+        b_obs, b_next_obs, b_action = (torch.from_numpy(x).to(device).flatten(0, 1) for x in rows)
+        with torch.no_grad():
+            value, next_value = (value_function(x).view(shape).cpu().numpy() for x in (b_obs, b_next_obs))
+        scaled = reward_scale.scale(reward, done)
+        advantage = gae(scaled, terminated, done, value, next_value, args.gamma, args.gae_lambda)
+        target = advantage + value
+        b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
+        # 5 to 8: the surrogate's natural gradient, and a step along it that the line search accepts
+        said = trust_region_step(policy, theta, b_obs, b_action, normalise(b_advantage), args)
+        # 9: fit V_phi
+        for _ in range(args.update_epochs):
+            for index in torch.from_numpy(rng.permutation(size)).to(device).chunk(args.num_minibatches):
+                value_loss = F.mse_loss(value_function(b_obs[index]), b_target[index])
+                phi.grad.zero_()
+                value_loss.backward()
+                adam.step()
+        obs_moments.update(obs)  # for the next rollout
+        explained = 1 - (target - value).var() / max(target.var(), 1e-30)
+        run.log(said | {"losses/entropy": policy.entropy()})
+        run.log({"losses/value_loss": value_loss, "losses/explained_variance": explained})
+
+    for env in envs:
+        env.close()
+    return {"policy": policy, "obs_moments": obs_moments}
+
+
+def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
+    """Returns of whole episodes with the policy's mean, which sees observations normalised as the training left it."""
+    if args.eval_episodes == 0:
+        return {}
+    env = make_env(args, folder / f"videos-{time.time():.6f}" if folder and args.capture_video else None)
+    policy = Policy(env.observation_space.shape[0], env.action_space.shape[0]).to(device)
+    obs_moments = RunningMoments(env.observation_space.shape[0])
+    policy.load_state_dict(model["policy"])
+    obs_moments.load_state_dict(model["obs_moments"])
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
+        done = False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(policy.act(obs_moments.normalise(obs[None]))[0])
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+
+
+def check(args: Args) -> str:
+    """Refuses flags that do not fit together; returns the name of what it trains on."""
+    size = args.num_envs * args.num_steps
+    if size > args.total_timesteps:
+        fail(f"--num-envs {args.num_envs} --num-steps {args.num_steps}: a rollout must not exceed --total-timesteps")
+    if size % args.num_minibatches or size == args.num_minibatches:
+        fail(
+            f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout, into 2 or more each"
+        )
+    if args.capture_video:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with make_env(args, Path(folder) / "videos") as env:
+                    env.reset()
+            except Exception as error:  # every renderer has its own
+                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
+    return args.env_id
+
+
+# === The run: the same in every script ================================================================================
+
+SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
+
+
+def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstructorSpec:
+    """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
+
+    def parse(given: list[str]) -> float:
+        if low <= kind(given[0]) <= high:
+            return kind(given[0])
+        raise ValueError(f"{given[0]} is not {words}")
+
+    return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
+
+
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
+    """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
+    now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    for name in now.keys() - free:
+        if now[name] != started.get(name):
+            why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
+    with open(f"{path}.tmp", "wb") as file:
+        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
+        file.write(as_json) if as_json else torch.save(content, file)
+        file.flush()
+        os.fsync(file)
+    os.replace(file.name, path)
+
+
+def load(path: Path, kind: str) -> dict:
+    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+    except Exception as error:  # a dozen types on damaged or foreign files
+        fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
+
+
+class Run:
+    """A training's folder, curves and checkpoints, its random generator and its device.
+
+    From its checkpoint a run ends with the weights and curves, to the bit, of one that was never interrupted.
+    """
+
+    def __init__(self, args: Args, subject: str):
+        self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
+        self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+        self.progress = {"step": 0, "episodes": {}, "returns": [], "first_update": None}
+        default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
+        name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
+        self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
+        self.evaluating = self.stopping = False
+        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+            fail(f"--run-name {name}: must be a plain and new name in {args.runs_dir}, or --resume an old one")
+        fcntl = importlib.import_module("fcntl")  # Windows has none
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        self.made = not self.dir.exists()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other than this one is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                fail(f"--run-name {name}: another process is training in {self.dir}")
+        if (self.dir / "args.json").exists():
+            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        if (self.dir / "result.json").exists():
+            print(f"{self.dir} is finished: see its result.json")
+            raise SystemExit(0)
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
+
+    def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
+        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
+        except (OSError, OverflowError, ValueError) as error:
+            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
+
+    def restore(self, **parts: object) -> bool:
+        """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
+        self.parts, self.made, flags, state = parts, False, vars(self.args), self.checkpoint or {"events": {}}
+        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
+            os.truncate(path, state["events"].get(path.name, 0))
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.progress, self.start = state["progress"], self.start - state["seconds"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        else:
+            save(self.dir / "args.json", flags)
+        if self.wandb:
+            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
+            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
+        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        if not self.checkpoint:
+            self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.stop)
+        return self.checkpoint is not None
+
+    def stop(self, signum: int, _: object) -> None:
+        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
+        signal.signal(signum, signal.SIG_DFL)
+        self.stopping = True
+        if self.evaluating:
+            raise KeyboardInterrupt
+
+    def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
+        """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
+
+        The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
+        """
+        args, progress, self.size = self.args, self.progress, size
+        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
+        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+            while progress["step"] < total:
+                if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
+                    self.evaluate(model, None)
+                self.counted, progress["step"] = progress["step"], progress["step"] + size
+                yield progress["step"]
+                self.bar.update(size)
+                self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
+                last = self.stopping or progress["step"] >= total
+                if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
+                    self.save_checkpoint()
+                if self.stopping:
+                    raise KeyboardInterrupt
+
+    def due(self, frequency: int) -> bool:
+        """Whether this step is one of every so many."""
+        return frequency > 0 and self.progress["step"] % frequency < self.size
+
+    def count_reward(self, reward: float, done: bool, env: int = 0) -> None:
+        """Adds a step to the episode of an environment; where it is done, its return and length are logged."""
+        self.counted += 1
+        total, length = self.progress["episodes"].pop(env, (0.0, 0))
+        total, length = total + reward, length + 1
+        if not done:
+            self.progress["episodes"][env] = total, length
+            return
+        self.writer.add_scalar("charts/episodic_return", total, self.counted)
+        self.writer.add_scalar("charts/episodic_length", length, self.counted)
+        returns = self.progress["returns"] = [*self.progress["returns"], total][-100:]
+        self.bar.set_postfix_str(f"return {np.mean(returns):.6g}", refresh=False)
+
+    def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
+        """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
+        step, progress = self.progress["step"], self.progress
+        if progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            progress["first_update"] = step, time.time() - self.start
+        for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
+            if not math.isfinite(value := float(torch.as_tensor(value).detach())):
+                fail(f"{tag} is {value:g} in step {step:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, step)
+
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        self.writer.flush()
+        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+            with open(path) as file:
+                os.fsync(file)
+        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
+        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save(self.dir / "checkpoint.pt", state)
+
+    def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
+        """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
+        self.evaluating = True
+        with torch.random.fork_rng(devices=[]):
+            states = {name: part.state_dict() for name, part in model.items()}
+            figures = evaluate(self.args, states, self.device, folder)
+        self.evaluating = False
+        for name, value in figures.items():
+            self.writer.add_scalar(f"eval/{name.removeprefix('eval_')}", value, self.progress["step"])
+        return figures
+
+    def finish(self, model: dict[str, object]) -> dict[str, float]:
+        """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
+        content = {"args": {name: value for name, value in vars(self.args).items() if name not in FREE}}
+        content |= {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model"} | content)
+        progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
+        rate = (progress["step"] - step) / (time.time() - self.start - second)
+        figures = self.evaluate(model, self.dir)
+        self.writer.close()
+        modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
+        result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
+        result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
+        result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
+        result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
+        save(self.dir / "result.json", result)
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+        return figures
+
+
+def main() -> None:
+    args, run = tyro.cli(Args, description=__doc__), None
+    try:
+        if args.evaluate:
+            content = load(args.evaluate, "model")
+            if content["args"].keys() != vars(args).keys() - FREE:
+                fail(f"{args.evaluate} is of another version of {SCRIPT}.py")
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
+            check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
+            check(args)
+            device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+            figures = evaluate(args, content, device, args.evaluate.parent)
+        else:
+            run = Run(args, check(args))
+            figures = run.finish(train(args, run))
+        words = [f"{name} {value:.6g}" for name, value in figures.items()]
+        print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
+    except KeyboardInterrupt:
+        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
+        words = sys.argv if args.resume else words
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+    finally:
+        if run and run.made:  # its training did not begin
+            for path in run.dir.glob("replay.*"):
+                path.unlink()
+            run.dir.rmdir()
+
+
+if __name__ == "__main__":
+    main()
