@@ -34,13 +34,18 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--checkpoint-frequency", "64"),
         *("--eval-episodes", "1"),
     ],
+    "trpo_continuous": [
+        *("--env-id", "Pendulum-v1", "--total-timesteps", "1280", "--num-envs", "2", "--num-steps", "64"),
+        *("--num-minibatches", "4", "--update-epochs", "2", "--cg-steps", "5", "--checkpoint-frequency", "128"),
+        *("--eval-frequency", "500", "--eval-episodes", "1"),
+    ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "200", "--optimizer", "adam", "--batch-size", "10"),
         *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
     ],
 }
 OFF_POLICY = ["ddpg_continuous", "dqn_atari"]  # the scripts with a replay memory
-AGENTS = [*OFF_POLICY, "ppo_atari", "ppo_continuous"]  # the scripts that act in environments
+AGENTS = [*OFF_POLICY, "ppo_atari", "ppo_continuous", "trpo_continuous"]  # the scripts that act in environments
 STARTER = []  # the process that starts scripts, once there is one
 DEADLINE = 240  # seconds that any process of a test may take, on a busy machine
 

@@ -1,4 +1,7 @@
-"""Tests of ppo_continuous.py and ppo_atari.py against independent oracles; each says what it compares with."""
+"""Tests of ppo_continuous.py and ppo_atari.py against independent oracles; each says what it compares with.
+
+What trpo_continuous.py shares with the first is the same to the letter; where its own loop uses it, it is tested too.
+"""
 
 import signal
 import sys
@@ -14,6 +17,7 @@ from common import message_of, scalars
 
 import ppo_atari
 import ppo_continuous as ppo
+import trpo_continuous as trpo
 
 both = pytest.mark.parametrize("script", [ppo, ppo_atari])
 
@@ -31,7 +35,7 @@ def _handlers() -> Iterator[None]:
 def estimated(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Fills with what each iteration of a training gives to `gae`, and what it gets."""
     calls = []
-    for script in (ppo, ppo_atari):
+    for script in (ppo, ppo_atari, trpo):
 
         def gae(*arguments: np.ndarray, original: Callable = script.gae) -> np.ndarray:
             calls.append((*(np.copy(a) for a in arguments), original(*arguments)))
@@ -109,13 +113,14 @@ gym.register("Count-v0", "test_ppo:Count")
 SMALL = {"num_envs": 3, "num_steps": 20, "num_minibatches": 4, "update_epochs": 1, "total_timesteps": 180}
 
 
+@pytest.mark.parametrize("script", [ppo, trpo])
 def test_an_episode_that_a_time_limit_cuts_has_the_value_of_its_true_last_state(
-    tmp_path: Path, estimated: list[tuple], monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, tmp_path: Path, estimated: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """V(count) = count, as the observations are left alone: what follows count t is t + 1, and never the new 0."""
-    monkeypatch.setattr(ppo.RunningMoments, "normalise", lambda _, rows: rows)
-    monkeypatch.setattr(ppo.ValueFunction, "forward", lambda module, obs: obs[:, 0] + 0 * module.value[4].bias)
-    ppo.train((run := make_run(tmp_path, ppo, "Count-v0", **SMALL)).args, run)
+    monkeypatch.setattr(script.RunningMoments, "normalise", lambda _, rows: rows)
+    monkeypatch.setattr(script.ValueFunction, "forward", lambda module, obs: obs[:, 0] + 0 * module.value[4].bias)
+    script.train((run := make_run(tmp_path, script, "Count-v0", **SMALL)).args, run)
     assert len(estimated) == 3
     for _, terminated, done, value, next_value, *_ in estimated:
         assert 0 < terminated.sum() < done.sum() < done.size
