@@ -409,7 +409,7 @@ def trust_region_step(
             break
     else:
         theta.data.copy_(theta_old)
-        after, divergence, trials = before, 0.0, 0
+        after, divergence, trials = before.detach(), 0.0, 0
     return {"losses/policy_loss": -after, "losses/kl": divergence, "losses/line_search_steps": trials}
 
 

@@ -14,11 +14,12 @@ ARGS = trpo.Args(cg_steps=200, target_kl=1e-6, cg_damping=0.1)
 
 
 def make_step(seed: int = 0) -> tuple:
-    """A policy of double precision, moved off its initial mean of 0, its vector of weights, and a batch for it."""
+    """A small policy of double precision, its vector of weights, and a batch for it."""
     torch.manual_seed(seed)
-    policy = trpo.Policy(3, 2).double()
-    policy.log_std.data = torch.tensor([-0.5, 0.3], dtype=torch.float64)
-    policy.mean[4].weight.data *= 50
+    policy = trpo.Policy(3, 2)
+    policy.mean = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    policy.log_std.data = torch.tensor([-0.5, 0.3])
+    policy.double()
     theta = trpo.as_vector(policy)
     obs = torch.randn(60, 3, dtype=torch.float64)
     action = policy.mean(obs).detach() + policy.log_std.detach().exp() * torch.randn(60, 2, dtype=torch.float64)

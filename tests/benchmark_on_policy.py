@@ -1,12 +1,15 @@
-"""Measures ppo_continuous.py beside SBX's (JAX) and stable-baselines3's PPO, and ppo_atari.py beside the latter's.
+"""Measures the scripts that learn from rollouts in steps per second, beside the same algorithm of others.
 
-    uv run tests/benchmark_ppo.py                               # HalfCheetah-v5, three rounds on one thread and on all
-    uv run tests/benchmark_ppo.py --atari --steps 4096          # Breakout
-    uv run tests/benchmark_ppo.py --score                       # stable-baselines3 on Breakout for 1,000,000 steps
+    uv run tests/benchmark_on_policy.py                                  # ppo_continuous.py: HalfCheetah-v5
+    uv run tests/benchmark_on_policy.py --script trpo_continuous
+    uv run tests/benchmark_on_policy.py --script ppo_atari --steps 4096  # Breakout
+    uv run tests/benchmark_on_policy.py --score                          # stable-baselines3 on Breakout, 1,000,000 steps
 
-All have the same networks, rollouts, epochs and minibatches: the scripts' defaults, without normalisation in the peers.
-Machines drift: only the ratio within a round tells. "layers" is what the linear and convolution layers would reach
-alone: a call for each step of the environments, and forward and backward for each minibatch.
+The peers are stable-baselines3 (PPO) and sb3-contrib (TRPO), and SBX (JAX) for PPO in HalfCheetah. All have the same
+networks, rollouts, epochs and minibatches, those of our defaults; the peers normalise nothing. Three rounds on one thread
+and on all, the programs in turn: machines drift, and only the ratio within a round tells. "layers" is what the linear and
+convolution layers of PPO would reach alone: a call for each step of the environments, and forward and backward for each
+minibatch.
 """
 
 # /// script
@@ -18,6 +21,7 @@ alone: a call for each step of the environments, and forward and backward for ea
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "opencv-python-headless==5.0.0.93",
+#     "sb3-contrib==2.9.0",
 #     "sbx-rl==0.28.0",
 #     "stable-baselines3==2.9.2",
 #     "tensorboard==2.21.0",
@@ -31,29 +35,34 @@ import dataclasses
 import os
 import sys
 import time
+from typing import Literal
 
 import numpy as np
 import tyro
 from benchmark_common import ROOT, ours, print_table, theirs, time_peer
 from benchmark_common import Args as CommonArgs
 
-GAMES = {"continuous": "HalfCheetah-v5", "atari": "BreakoutNoFrameskip-v4"}  # no frame skip, no stickiness
-SIZES = {"continuous": 2048, "atari": 8 * 128}  # steps of a rollout
+ENV_IDS = {"ppo_atari": "BreakoutNoFrameskip-v4"}  # no frame skip, no stickiness
+SIZES = {"ppo_atari": 8 * 128}  # steps of a rollout; of the others
+ENV_ID, SIZE = "HalfCheetah-v5", 2048
 
 
 @dataclasses.dataclass
 class Args(CommonArgs):
     steps: int = 20_480
     """steps in a round, after two rollouts that do not count"""
-    atari: bool = False
-    """measure ppo_atari.py"""
+    script: Literal["ppo_continuous", "ppo_atari", "trpo_continuous"] = "ppo_continuous"
+    """what to measure"""
     score: bool = False
     """train stable-baselines3 on Breakout instead, on all threads, and print its returns"""
 
 
-def make_peer(library: str, kind: str, device: str, total: int = 10**9):
-    """Of a training of `total` steps, over which the rate falls; the speed does not depend on it."""
+def make_peer(library: str, script: str, device: str):
     options = {"device": device, "seed": 1}
+    if script == "trpo_continuous":
+        from sb3_contrib import TRPO
+
+        return TRPO("MlpPolicy", ENV_ID, **options)  # its defaults are ours
     if library == "sbx":
         os.sched_setaffinity(
             0, sorted(os.sched_getaffinity(0))[: int(os.environ["OMP_NUM_THREADS"])]
@@ -63,8 +72,8 @@ def make_peer(library: str, kind: str, device: str, total: int = 10**9):
         del options["device"]
     else:
         from stable_baselines3 import PPO
-    if kind == "continuous":
-        return PPO("MlpPolicy", GAMES[kind], **options)  # its defaults are ours
+    if script == "ppo_continuous":
+        return PPO("MlpPolicy", ENV_ID, **options)  # its defaults are ours
     import ale_py
     import gymnasium as gym
     from stable_baselines3.common.env_util import make_atari_env
@@ -73,7 +82,7 @@ def make_peer(library: str, kind: str, device: str, total: int = 10**9):
     gym.register_envs(ale_py)
     return PPO(
         "CnnPolicy",
-        VecFrameStack(make_atari_env(GAMES[kind], n_envs=8, seed=1), 4),
+        VecFrameStack(make_atari_env(ENV_IDS[script], n_envs=8, seed=1), 4),
         learning_rate=lambda left: 2.5e-4 * left,
         n_steps=128,
         batch_size=256,
@@ -84,7 +93,7 @@ def make_peer(library: str, kind: str, device: str, total: int = 10**9):
     )
 
 
-def run_layers(kind: str, steps: int) -> None:
+def run_layers(script: str, steps: int) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -92,13 +101,14 @@ def run_layers(kind: str, steps: int) -> None:
     import ppo_continuous
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if kind == "continuous":
+    if script == "ppo_continuous":
         networks, obs, calls, batch, updates = [ppo_continuous.Policy(17, 6).mean], torch.zeros(64, 17), 2048, 1, 320
         networks.append(ppo_continuous.ValueFunction(17))
     else:
         networks, obs = [ppo_atari.ActorCritic(4)], torch.zeros(256, 84, 84, 4, dtype=torch.uint8)
         calls, batch, updates = 128, 8, 16
-    for rollouts in (1, max(1, steps // SIZES[kind])):  # the first warms up
+    size = SIZES.get(script, SIZE)
+    for rollouts in (1, max(1, steps // size)):  # the first warms up
         start = time.perf_counter()
         for _ in range(rollouts):
             with torch.inference_mode():
@@ -108,7 +118,7 @@ def run_layers(kind: str, steps: int) -> None:
                 for network in networks:
                     output = network(obs)
                     sum(part.sum() for part in (output if isinstance(output, tuple) else [output])).backward()
-    print(rollouts * SIZES[kind] / (time.perf_counter() - start))
+    print(rollouts * size / (time.perf_counter() - start))
 
 
 def score(args: Args) -> None:
@@ -124,24 +134,25 @@ def score(args: Args) -> None:
                 print(self.num_timesteps, np.mean(scores), f"{time.perf_counter() - self.start:.0f} s", flush=True)
             return True
 
-    make_peer("stable-baselines3", "atari", args.device).learn(1_000_000, callback=Scores())
+    make_peer("stable-baselines3", "ppo_atari", args.device).learn(1_000_000, callback=Scores())
 
 
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
-        (library, kind), steps, device = sys.argv[2].split(":"), int(sys.argv[3]), sys.argv[4]
+        (library, script), steps, device = sys.argv[2].split(":"), int(sys.argv[3]), sys.argv[4]
         if library == "layers":
-            return run_layers(kind, steps)
-        return time_peer(make_peer(library, kind, device), steps, 2 * SIZES[kind])
+            return run_layers(script, steps)
+        return time_peer(make_peer(library, script, device), steps, 2 * SIZES.get(script, SIZE))
     args = tyro.cli(Args, description=__doc__)
     if args.score:
         return score(args)
-    kind = "atari" if args.atari else "continuous"
-    steps, flags = args.steps // SIZES[kind] * SIZES[kind], {"--env-id": GAMES[kind]}
-    args.steps = steps
-    peers = ["stable-baselines3", "layers"] if args.atari else ["sbx", "stable-baselines3", "layers"]
-    programs = {f"ppo_{kind}.py": lambda: ours(f"ppo_{kind}.py", args, flags, 2 * SIZES[kind])}
-    print_table(args, programs | {peer: lambda peer=peer: theirs(args, f"{peer}:{kind}") for peer in peers})
+    script, size = args.script, SIZES.get(args.script, SIZE)
+    args.steps = args.steps // size * size
+    peers = {"ppo_continuous": ["SBX", "stable-baselines3", "layers"], "ppo_atari": ["stable-baselines3", "layers"]}
+    programs = {f"{script}.py": lambda: ours(f"{script}.py", args, {"--env-id": ENV_IDS.get(script, ENV_ID)}, 2 * size)}
+    for peer in peers.get(script, ["sb3-contrib"]):
+        programs[peer] = lambda peer=peer: theirs(args, f"{peer.lower()}:{script}")
+    print_table(args, programs)
 
 
 if __name__ == "__main__":
