@@ -3,13 +3,13 @@
     uv run tests/benchmark_on_policy.py                                  # ppo_continuous.py: HalfCheetah-v5
     uv run tests/benchmark_on_policy.py --script trpo_continuous
     uv run tests/benchmark_on_policy.py --script ppo_atari --steps 4096  # Breakout
-    uv run tests/benchmark_on_policy.py --score                          # stable-baselines3 on Breakout, 1,000,000 steps
+    uv run tests/benchmark_on_policy.py --score                          # scores of stable-baselines3 on Breakout
 
 The peers are stable-baselines3 (PPO) and sb3-contrib (TRPO), and SBX (JAX) for PPO in HalfCheetah. All have the same
-networks, rollouts, epochs and minibatches, those of our defaults; the peers normalise nothing. Three rounds on one thread
-and on all, the programs in turn: machines drift, and only the ratio within a round tells. "layers" is what the linear and
-convolution layers of PPO would reach alone: a call for each step of the environments, and forward and backward for each
-minibatch.
+networks, rollouts, epochs and minibatches, those of our defaults; the peers normalise nothing. Three rounds on one
+thread and on all, the programs in turn: machines drift, and only the ratio within a round tells. "layers" is what the
+linear and convolution layers of PPO would reach alone: a call for each step of the environments, and forward and
+backward for each minibatch.
 """
 
 # /// script
