@@ -25,7 +25,7 @@ Differs from the paper:
   goes on, and the screens before it stay in the state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: c_1 = 0.5, advantages are normalised in each minibatch, initial
   weights are orthogonal, the gradient's norm is clipped. The paper lets eps fall with the learning rate; they do not.
-- Theirs, but not ours: a clipped value loss, which brings nothing (Andrychowicz et al. 2021, section 3.1), and FIRE
+- Theirs, but not ours: a clipped value loss, which brings nothing (Andrychowicz et al. 2021, section 3.4), and FIRE
   pressed at the start of a game, which is left to the policy.
 - All steps are agent steps of four emulator frames. Screens are made grey, the maximum of two is taken, and it is
   shrunk by area.

@@ -9,13 +9,13 @@ Proximal policy optimisation, the variant with clipping. The numbers stand again
      1  initialise policy pi_theta and value function V_phi
      2  for each iteration:
      3      run pi_theta_old in N environments for T steps
-     4      keep states s_t, actions a_t, rewards r_t, values V(s_t), log-probabilities log pi_theta_old(a_t | s_t)
-     5      advantages A_t = sum over l of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-     6      for K epochs, for each minibatch of the shuffled N T steps:
-     7          ratio r(theta) = pi_theta(a | s) / pi_theta_old(a | s)
-     8          L_CLIP = mean of min(r A, clip(r, 1 - eps, 1 + eps) A)
-     9          L = -L_CLIP + c_1 mean of (V_phi(s) - (A + V_old(s)))^2 / 2 - c_2 entropy of pi_theta
-    10          one step of Adam down the gradient of L, its norm clipped
+     4      keep states s_t, actions a_t, rewards r_t, log-probabilities log pi_theta_old(a_t | s_t)
+     5      for K epochs:
+     6          advantages A_t = sum over l of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+     7          for each minibatch of the shuffled N T steps: ratio r(theta) = pi_theta(a | s) / pi_theta_old(a | s)
+     8              L_CLIP = mean of min(r A, clip(r, 1 - eps, 1 + eps) A)
+     9              L = -L_CLIP + c_1 mean of (V_phi(s) - target)^2 / 2 - c_2 entropy of pi_theta, target = A + V(s)
+    10              one step of Adam down the gradient of L, its norm clipped
     11      the learning rate falls linearly
 
 Differs from the paper:
@@ -24,7 +24,9 @@ Differs from the paper:
   rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages
   are normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped.
 - Theirs, but not ours: statistics that change within a rollout (here they are those of the rollouts before, so that a
-  state has one value), and a clipped value loss, which brings nothing (Andrychowicz et al. 2021, section 3.1).
+  state has one value), and a clipped value loss, which brings nothing (Andrychowicz et al. 2021, section 3.4).
+- As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
+  policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
 - An action is clipped to its bounds when the environment takes it; the policy is asked about the unclipped one.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
@@ -272,7 +274,7 @@ class Policy(nn.Module):
 
     def __init__(self, d_obs: int, d_action: int):
         super().__init__()
-        self.mean, self.log_std = mlp(d_obs, d_action, gain=0.01), nn.Parameter(torch.zeros(d_action))
+        self.mean, self.log_std = mlp(d_obs, d_action, gain=0.01), nn.Parameter(torch.full((d_action,), -0.5))
 
     def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """log pi(a | s) of observations (batch, d_obs) and actions (batch, d_action): (batch,)."""
@@ -392,21 +394,22 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 run.count_reward(score, terminated[t, i] or truncated, i)
                 if done[t, i]:
                     env.reset()
-        # 4: values, log-probabilities
+        # 4: log-probabilities
         rows = obs_moments.normalise(obs), obs_moments.normalise(next_obs), action
         b_obs, b_next_obs, b_action = (torch.from_numpy(x).to(device).flatten(0, 1) for x in rows)
         with torch.no_grad():
             b_log_prob = policy.log_prob(b_obs, b_action)
-            value, next_value = (value_function(x).view(shape).cpu().numpy() for x in (b_obs, b_next_obs))
-        # 5: advantages
         scaled = reward_scale.scale(reward, done)
-        advantage = gae(scaled, terminated, done, value, next_value, args.gamma, args.gae_lambda)
-        target = advantage + value
 
-        # 6: for K epochs, for each minibatch of the shuffled steps
-        b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
-        batch = b_obs, b_action, b_log_prob, b_advantage, b_target
-        for _ in range(args.update_epochs):
+        for _ in range(args.update_epochs):  # 5: for K epochs
+            # 6: advantages
+            with torch.no_grad():
+                value, next_value = (value_function(x).view(shape).cpu().numpy() for x in (b_obs, b_next_obs))
+            advantage = gae(scaled, terminated, done, value, next_value, args.gamma, args.gae_lambda)
+            target = advantage + value
+            # for each minibatch of the shuffled steps
+            b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
+            batch = b_obs, b_action, b_log_prob, b_advantage, b_target
             order = torch.from_numpy(rng.permutation(size)).to(device)
             minibatches = zip(*(x[order].chunk(args.num_minibatches) for x in batch), strict=True)
             for mb_obs, mb_action, mb_log_prob, mb_advantage, mb_target in minibatches:

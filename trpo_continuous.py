@@ -24,6 +24,7 @@ Differs from the paper:
 - As in sb3-contrib and Tianshou: observations are normalised by their mean and variance so far and rewards divided by
   the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are normalised; initial
   weights are orthogonal. The statistics are those of the rollouts before, so that a state has one value.
+- The policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
 - An action is clipped to its bounds when the environment takes it; the policy is asked about the unclipped one.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
@@ -273,7 +274,7 @@ class Policy(nn.Module):
 
     def __init__(self, d_obs: int, d_action: int):
         super().__init__()
-        self.mean, self.log_std = mlp(d_obs, d_action, gain=0.01), nn.Parameter(torch.zeros(d_action))
+        self.mean, self.log_std = mlp(d_obs, d_action, gain=0.01), nn.Parameter(torch.full((d_action,), -0.5))
 
     def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """log pi(a | s) of observations (batch, d_obs) and actions (batch, d_action): (batch,)."""
