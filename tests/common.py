@@ -39,13 +39,25 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--num-minibatches", "4", "--update-epochs", "2", "--cg-steps", "5", "--checkpoint-frequency", "128"),
         *("--eval-frequency", "500", "--eval-episodes", "1"),
     ],
+    "q_learning": [
+        *("--env-id", "MountainCar-v0", "--features", "mlp", "--replay", "--target-network", "--batch-size", "16"),
+        *("--buffer-size", "300", "--target-network-frequency", "50", "--start-e", "1", "--end-e", "0.1"),
+        *("--learning-rate", "0.001", "--total-timesteps", "900", "--checkpoint-frequency", "100"),
+        *("--eval-frequency", "400", "--eval-episodes", "1"),
+    ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "200", "--optimizer", "adam", "--batch-size", "10"),
         *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
     ],
 }
 OFF_POLICY = ["ddpg_continuous", "dqn_atari"]  # the scripts with a replay memory
-AGENTS = [*OFF_POLICY, "ppo_atari", "ppo_continuous", "trpo_continuous"]  # the scripts that act in environments
+AGENTS = [
+    *OFF_POLICY,
+    "ppo_atari",
+    "ppo_continuous",
+    "q_learning",
+    "trpo_continuous",
+]  # the scripts that act in environments
 STARTER = []  # the process that starts scripts, once there is one
 DEADLINE = 240  # seconds that any process of a test may take, on a busy machine
 

@@ -115,10 +115,10 @@ def test_a_finished_run(script: str, finished: Path) -> None:
     if script in AGENTS:
         returns = [value for _, value in tags["scalar charts/episodic_return"]]
         assert result["train_return_mean"] == pytest.approx(np.mean(returns[-100:]))
-        total = {"dqn_atari": 500, "ddpg_continuous": 1200, "ppo_atari": 640}.get(script, 1280)
+        total = {"dqn_atari": 500, "ddpg_continuous": 1200, "ppo_atari": 640, "q_learning": 900}.get(script, 1280)
         assert tags["scalar eval/return_mean"][-1] == (total, pytest.approx(result["eval_return_mean"]))
         assert (result["total_timesteps"], result["eval_episodes"]) == (total, 1)
-        first = {"dqn_atari": 400, "ddpg_continuous": 1000, "ppo_atari": 64}.get(script, 128)
+        first = {"dqn_atari": 400, "ddpg_continuous": 1000, "ppo_atari": 64, "q_learning": 100}.get(script, 128)
         assert tags["speed"][0] == first
 
 
@@ -150,6 +150,7 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
 
 STATEFUL = [
     ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 7"),
+    ("q_learning", "--features tiles --learning-rate 0.3"),
     ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30"),
     ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4 --epochs 15"),
 ]
@@ -206,7 +207,7 @@ def test_a_signal_ends_an_evaluation_at_once(
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["progress"]["step"] == (
-        200 if script in OFF_POLICY else 256
+        256 if "po_" in script else 200
     )
     for name in ("stopped", "whole"):
         if name == "stopped":  # the folder's lock goes with a process
@@ -544,6 +545,8 @@ def test_readme_commands(script: str, flags: list[str], finished: Path, tmp_path
         flags = flags[:1]
     elif "--evaluate" in flags:
         flags = [*flags, *(["--eval-episodes", "1"] if script in AGENTS else [])]
+    elif script == "q_learning":
+        flags = [*flags, "--total-timesteps", "300", "--eval-episodes", "0"]
     elif script in AGENTS and script not in OFF_POLICY:
         flags = [*flags, "--total-timesteps", "512", "--num-steps", "64", "--num-envs", "2", "--num-minibatches", "2"]
         flags = [*flags, "--eval-episodes", "0"]

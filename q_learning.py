@@ -1,0 +1,743 @@
+"""Q-learning with function approximation in one file, after Watkins 1989 and Sutton and Barto 2018, chapters 9 to 11.
+
+    python q_learning.py                                          # Mountain Car with tile coding, in a minute
+    python q_learning.py --run-name m --resume                    # start, or go on after a kill, to the bit
+    python q_learning.py --evaluate runs/m/model.pt               # act with trained weights
+
+The numbers stand again in `train`, where each line happens.
+
+     1  initialise Q_theta
+     2  while not done:
+     3      a behaviour policy, epsilon-greedy here, gives (s, a, s', r)
+     4      theta = theta - alpha (Q_theta(s, a) - r - gamma max_a' Q_theta(s', a')) grad_theta Q_theta(s, a)
+
+Q is linear in features of s (`--features raw`, `rbf`, `tiles`), with weights for each action, or a network (`mlp`).
+Features have a length of about 1, so that alpha is the part of an error that its update removes: with n tilings, alpha
+here is alpha / n on features of 0 and 1, the book's rule. Linear weights begin at 0, which is optimistic where rewards
+are negative: it explores without an epsilon.
+
+A terminal state has no value. The end by a time limit is no terminal state: its target goes on with max_a' Q(s', a').
+
+DQN's two ideas are switches: `--replay` takes the mean of line 4 over a minibatch of past transitions, and
+`--target-network` takes max_a' from older weights, copied every so many steps.
+
+`--env-id Baird-v0` is Baird's star (Baird 1995; Sutton and Barto 2018, section 11.2): line 4 in expectation, swept over
+seven states, with rewards of 0 and weights that could say so, and yet they grow without bound; `--target-network`, or a
+gamma below 15/17, mends it.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control,mujoco]==1.4.0",
+#     "matplotlib==3.11.2",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
+
+EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
+LOG_FREQUENCY = 100  # steps between two records of losses
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "MountainCar-v0"
+    """an environment with vectors of observations and finitely many actions, or Baird-v0"""
+    max_episode_steps: Natural = 0
+    """time limit of an episode, in steps; 0: its own (Mountain Car's 200 hide the goal from a beginner)"""
+    total_timesteps: Count = 100_000
+    """steps to train for; in Baird-v0, sweeps"""
+    features: Literal["raw", "rbf", "tiles", "mlp"] = "tiles"
+    """what Q is linear in, or mlp: a network of the scaled observation"""
+    tilings: Count = 8
+    """grids of tile coding, each shifted against the others"""
+    tiles: Count = 8
+    """tiles of a grid in each dimension"""
+    rbf_features: Count = 400
+    """random cosines, whose inner products are Gaussian radial basis functions (Rahimi and Recht 2007)"""
+    hidden_sizes: tuple[Count, Count] = (120, 84)
+    """units in the two hidden layers of the mlp"""
+    learning_rate: Positive = 0.3
+    """alpha: step size"""
+    gamma: Fraction = 1.0
+    """discount factor"""
+    start_e: Fraction = 0.0
+    """epsilon of the exploration at the start"""
+    end_e: Fraction = 0.0
+    """epsilon of the exploration at its end"""
+    exploration_fraction: Fraction = 0.5
+    """part of the run over which epsilon falls from start to end"""
+    replay: bool = False
+    """learn from minibatches of past transitions"""
+    buffer_size: Count = 10_000
+    """transitions that the replay memory holds"""
+    batch_size: Count = 128
+    """transitions in a minibatch"""
+    target_network: bool = False
+    """take the values of next states from older weights"""
+    target_network_frequency: Count = 500
+    """steps between two copies of the weights to the older ones"""
+
+    # The run
+    seed: Natural = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    device: Literal[DEVICES] = "auto"
+    """auto takes an accelerator where there is one"""
+    runs_dir: Path = Path("runs")
+    """folder that holds the runs"""
+    run_name: str = ""
+    """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
+    resume: bool = False
+    """go on from the checkpoint of --run-name; start the run where there is none"""
+    checkpoint_frequency: Natural = 10_000
+    """steps between two checkpoints; 0: none"""
+    eval_frequency: Natural = 0
+    """steps between two evaluations during the training, in an environment of their own; 0: none"""
+    eval_episodes: Natural = 10
+    """episodes of an evaluation, also of the one after the training; 0: none"""
+    evaluate: Path | None = None
+    """a model.pt to evaluate, instead of training"""
+    capture_video: bool = False
+    """record the episodes of the last evaluation as mp4"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb); WANDB_PROJECT and WANDB_ENTITY say where"""
+
+
+class Repeatable(gym.Wrapper):
+    """float32 observations, the newest of which is `obs`. A checkpoint holds how the episode began and what was done
+    since, to play it again, as environments can that draw their random numbers from `np_random`."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is not None:
+            self.env.reset(seed=seed)
+        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
+        obs, info = self.env.reset(options=options)
+        self.obs = np.array(obs, np.float32)
+        return self.obs, info
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.obs = np.array(obs, np.float32)
+        self.actions.append(action)
+        return self.obs, float(reward), terminated, truncated, info
+
+    def state_dict(self) -> dict:
+        return {"start": self.start, "actions": self.actions, "obs": self.obs.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.env.reset(seed=0)
+        self.unwrapped.np_random.bit_generator.state = state["start"]
+        self.reset()
+        for action in state["actions"]:
+            self.step(action)
+        if self.obs.tolist() != state["obs"]:
+            fail(f"--resume: {self.spec.id} does not play an episode again as it was; its runs can only start anew")
+
+
+def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
+    if "DISPLAY" not in os.environ and sys.platform == "linux":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    options = {"max_episode_steps": args.max_episode_steps} if args.max_episode_steps else {}
+    try:
+        env = gym.make(args.env_id, **options, **({"render_mode": "rgb_array"} if video_dir else {}))
+    except (ImportError, gym.error.Error) as error:
+        fail(f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id))
+    spaces = env.observation_space, env.action_space
+    vector = isinstance(spaces[0], gym.spaces.Box) and len(spaces[0].shape) == 1
+    if not (vector and isinstance(spaces[1], gym.spaces.Discrete) and spaces[1].start == 0):
+        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and Discrete actions, not {spaces}")
+    env = Repeatable(env)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
+    return env
+
+
+class Scaled(nn.Module):
+    """Observations (batch, d_obs) to [-1, 1] in every dimension, between the bounds of their space.
+
+    Where a dimension has none, as CartPole's velocities, they are taken to be -3 and 3.
+    """
+
+    def __init__(self, space: gym.spaces.Box):
+        super().__init__()
+        finite = (space.high < 1e6) & (space.low > -1e6)
+        low, high = np.where(finite, space.low, -3), np.where(finite, space.high, 3)
+        self.register_buffer("low", torch.tensor(low, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(high, dtype=torch.float32))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return (2 * (obs - self.low) / (self.high - self.low) - 1).clamp(-1, 1)
+
+
+class Raw(nn.Module):
+    """The scaled observation and a 1, at a length of at most 1: (batch, d_obs + 1)."""
+
+    def __init__(self, d_obs: int):
+        super().__init__()
+        self.width = d_obs + 1
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return F.pad(z, (0, 1), value=1.0) / math.sqrt(self.width)
+
+
+class RadialBasis(nn.Module):
+    """Random Fourier features of Gaussian kernels (Rahimi and Recht 2007): sqrt(2 / n) cos(w z + b).
+
+    In a kernel of width h, w is normal with standard deviation 1 / h and b uniform. Half of the features has a
+    width of each of `WIDTHS`, in units in which an observation has a range of 2.
+    """
+
+    WIDTHS = (0.1, 0.3)
+
+    def __init__(self, d_obs: int, n: int):
+        super().__init__()
+        self.width = n
+        widths = torch.tensor(self.WIDTHS).repeat(math.ceil(n / len(self.WIDTHS)))[:n]
+        self.register_buffer("w", torch.randn(d_obs, n) / widths)
+        self.register_buffer("b", 2 * math.pi * torch.rand(n))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return math.sqrt(2 / self.width) * (z @ self.w + self.b).cos()
+
+
+class TileCoding(nn.Module):
+    """Of each of n grids the tile that an observation lies in (Sutton and Barto 2018, section 9.5.4).
+
+    A tile is as wide as 1 / tiles of the range. Grid i is shifted by i / n of a tile times 1, 3, 5, ... in the first,
+    second, third, ... dimension. The feature of a tile is 1 / sqrt(n) inside and 0 elsewhere.
+    """
+
+    def __init__(self, d_obs: int, tilings: int, tiles: int):
+        super().__init__()
+        self.tilings, self.tiles = tilings, tiles
+        self.width = tilings * (tiles + 1) ** d_obs
+        shift = torch.arange(tilings)[:, None] * torch.arange(1, 2 * d_obs, 2) / tilings % 1
+        self.register_buffer("shift", shift)
+        self.register_buffer("stride", (tiles + 1) ** torch.arange(d_obs))
+
+    def active(self, z: torch.Tensor) -> torch.Tensor:
+        """Indices of the active tiles, int64 (batch, tilings)."""
+        place = ((z[:, None] + 1) / 2 * self.tiles + self.shift).floor().long().clamp(0, self.tiles)
+        grid = torch.arange(self.tilings, device=z.device) * (self.width // self.tilings)
+        return grid + (place * self.stride).sum(dim=2)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        features = torch.zeros(len(z), self.width, device=z.device)
+        return features.scatter_(1, self.active(z), 1 / math.sqrt(self.tilings))
+
+
+class QFunction(nn.Module):
+    """Q_theta: observations (batch, d_obs) to action values (batch, n_actions)."""
+
+    def __init__(self, args: Args, env: gym.Env):
+        super().__init__()
+        d_obs, n_actions, (first, second) = env.observation_space.shape[0], int(env.action_space.n), args.hidden_sizes
+        makers = {"raw": (Raw, d_obs), "rbf": (RadialBasis, d_obs, args.rbf_features)}
+        makers["tiles"] = TileCoding, d_obs, args.tilings, args.tiles
+        if args.features == "mlp":
+            hidden = nn.Linear(d_obs, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU()
+            layers = *hidden, nn.Linear(second, n_actions)
+        else:
+            maker, *sizes = makers[args.features]
+            features = maker(*sizes)
+            layers = features, nn.Linear(features.width, n_actions, bias=False)
+            nn.init.zeros_(layers[-1].weight)
+        self.layers = nn.Sequential(Scaled(env.observation_space), *layers)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.layers(obs)
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray) -> int:
+        """argmax_a Q(s, a) for one observation, float32 (d_obs,)."""
+        return int(self(torch.from_numpy(obs)[None].to(next(self.parameters()).device)).argmax())
+
+
+def as_vector(network: nn.Module) -> nn.Parameter:
+    """The weights of a network as one vector, of which they become views: for Adam one tensor, for line 15 one line."""
+    parameters = list(network.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    vector.grad = torch.zeros_like(vector)
+    for parameter, weight, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = weight.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
+class ReplayMemory:
+    """The last `capacity` transitions in a ring: rows of s_t, a_t, r_t, whether s_{t+1} is terminal, s_{t+1}.
+
+    `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file: what could be drawn at a checkpoint stays there
+    for as many more transitions as slots exceed the capacity, so the checkpoint only counts.
+    """
+
+    def __init__(self, capacity: int, rows: np.ndarray, d_obs: int, rng: np.random.Generator, device: torch.device):
+        self.capacity, self.rows, self.rng, self.device = capacity, rows, rng, device
+        self.widths = [d_obs, rows.shape[1] - 2 * d_obs - 2, 1, 1, d_obs]
+        self.count = 0  # transitions ever stored
+
+    def append(
+        self, obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool, next_obs: np.ndarray
+    ) -> None:
+        np.concatenate([obs, action, (reward, terminated), next_obs], out=self.rows[self.count % len(self.rows)])
+        self.count += 1
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """Transitions drawn uniformly with replacement, float32.
+
+        obs (batch, d_obs), action (batch, d_action), reward (batch,), terminated (batch,), next_obs (batch, d_obs).
+        """
+        position = self.rng.integers(max(0, self.count - self.capacity), self.count, batch_size)
+        rows = torch.from_numpy(np.take(self.rows, position % len(self.rows), axis=0)).to(self.device)
+        obs, action, reward, terminated, next_obs = rows.split(self.widths, dim=1)
+        return obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs
+
+    def state_dict(self) -> dict:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+
+
+def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
+    """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
+
+
+def td_gradient_step(
+    theta: nn.Parameter, q_value: torch.Tensor, target: torch.Tensor, learning_rate: float
+) -> torch.Tensor:
+    """Line 4: theta -= alpha times the batch's mean of (Q(s, a) - y) grad Q(s, a); returns the mean of (Q - y)^2.
+
+    `q_value` (batch,) is a function of theta, a vector of weights; `target`, y (batch,), is not.
+    """
+    theta.grad.zero_()
+    loss = F.mse_loss(q_value, target)
+    (loss / 2).backward()
+    theta.data.sub_(theta.grad, alpha=learning_rate)
+    return loss
+
+
+def sweep_baird(args: Args, run: Run) -> dict[str, nn.Module]:
+    """Line 4 in expectation over Baird's seven states, from weights (1, 1, 1, 1, 1, 1, 10, 1); returns the weights.
+
+    v(s) = 2 w_s + w_8 in the states 1 to 6 and w_7 + 2 w_8 in the state 7, to which the policy in question always goes;
+    all states are visited equally often, as by a behaviour that only sometimes does.
+    """
+    features = torch.cat([2 * torch.eye(7), torch.ones(7, 1)], dim=1)
+    features[6, 6:] = torch.tensor([1.0, 2.0])
+    features = features.double()
+    value = nn.Linear(8, 1, bias=False).double()
+    theta = as_vector(value)
+    theta.data.copy_(torch.tensor([1.0] * 6 + [10.0, 1.0]))
+    older = copy.deepcopy(value).requires_grad_(False)
+    run.restore(value=value, older=older)
+    for step in run.steps(args.total_timesteps):
+        with torch.no_grad():
+            target = args.gamma * (older if args.target_network else value)(features[6]).expand(7)
+        loss = td_gradient_step(theta, value(features).squeeze(1), target, args.learning_rate)
+        if args.target_network and step % args.target_network_frequency == 0:
+            older.load_state_dict(value.state_dict())
+        rms = (features @ theta.detach()).square().mean().sqrt()
+        run.log({"losses/td_loss": loss, "losses/value_rms": rms, "charts/w_8": theta[7]})
+    return {"value": value}
+
+
+def surface(q_function: QFunction, env: gym.Env) -> Figure:
+    """The cost to go, -max_a Q(s, a), over two-dimensional observations, as in Sutton and Barto's figure 10.1."""
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    (left, bottom), (right, top) = env.observation_space.low, env.observation_space.high
+    x, y = np.meshgrid(np.linspace(left, right, 60), np.linspace(bottom, top, 60))
+    grid = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32))
+    with torch.no_grad():
+        cost = -q_function(grid.to(next(q_function.parameters()).device)).max(dim=1).values.cpu().numpy()
+    figure.colorbar(axes.pcolormesh(x, y, cost.reshape(x.shape)))
+    axes.set(xlabel="first dimension", ylabel="second dimension", title="cost to go")
+    return figure
+
+
+def train(args: Args, run: Run) -> dict[str, nn.Module]:
+    """Trains as the listing above says; returns Q."""
+    if args.env_id == "Baird-v0":
+        return sweep_baird(args, run)
+    rng, device, env = run.rng, run.device, make_discrete_env(args)
+    # 1: initialise Q_theta
+    q_function = QFunction(args, env).to(device)
+    older = copy.deepcopy(q_function).requires_grad_(False)
+    theta, d_obs = as_vector(q_function), env.observation_space.shape[0]
+    capacity = min(args.buffer_size, args.total_timesteps) if args.replay else 1
+    slots = capacity + min(args.checkpoint_frequency, args.total_timesteps)
+    memory = ReplayMemory(capacity, run.map_file("transitions", np.float32, (slots, 2 * d_obs + 3)), d_obs, rng, device)
+
+    if not run.restore(env=env, memory=memory, q_function=q_function, older=older):
+        env.reset(seed=int(rng.integers(2**31)))
+
+    for step in run.steps(args.total_timesteps, q_function=q_function):  # 2: while not done
+        # 3: the behaviour policy gives (s, a, s', r)
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
+        obs = env.obs
+        action = int(rng.integers(env.action_space.n)) if rng.random() < epsilon else q_function.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        memory.append(obs, np.float32([action]), reward, terminated, next_obs)
+        run.count_reward(reward, terminated or truncated)
+        if terminated or truncated:
+            env.reset()
+        # 4: theta = theta - alpha (Q(s, a) - r - gamma max_a' Q(s', a')) grad Q(s, a), with --replay its mean
+        s, a, r, terminal, s_next = memory.sample(args.batch_size if args.replay else 1)
+        with torch.no_grad():
+            next_q = (older if args.target_network else q_function)(s_next)
+        target = r + args.gamma * (1 - terminal) * next_q.max(dim=1).values
+        q_value = q_function(s).gather(1, a.long()).squeeze(1)
+        loss = td_gradient_step(theta, q_value, target, args.learning_rate)
+        if args.target_network and step % args.target_network_frequency == 0:
+            older.load_state_dict(q_function.state_dict())
+
+        run.log({"losses/td_loss": loss, "losses/q_values": q_value.mean(), "charts/epsilon": epsilon})
+        if d_obs == 2 and step >= 256 and step & (step - 1) == 0:  # 256, 512, 1024, ...
+            run.writer.add_figure("cost_to_go", surface(q_function, env), step)
+
+    env.close()
+    return {"q_function": q_function}
+
+
+def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
+    """Returns of whole episodes with the greedy policy; of Baird's star, its values, all of which should be 0."""
+    if args.env_id == "Baird-v0":
+        return {"largest_weight": model["value"]["weight"].abs().max().item()}
+    if args.eval_episodes == 0:
+        return {}
+    env = make_discrete_env(args, folder / f"videos-{time.time():.6f}" if folder and args.capture_video else None)
+    q_function = QFunction(args, env).to(device)
+    q_function.load_state_dict(model["q_function"])
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
+        done = False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(q_function.act(obs))
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+
+
+def check(args: Args) -> str:
+    """Refuses what only this script can refuse; returns the name of what it trains on."""
+    if args.replay and args.buffer_size < args.batch_size:
+        fail(f"--buffer-size {args.buffer_size}: must be at least --batch-size {args.batch_size}")
+    if args.env_id != "Baird-v0":
+        make_discrete_env(args).close()
+    return args.env_id
+
+
+# === The run: the same in every script ================================================================================
+
+SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
+
+
+def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstructorSpec:
+    """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
+
+    def parse(given: list[str]) -> float:
+        if low <= kind(given[0]) <= high:
+            return kind(given[0])
+        raise ValueError(f"{given[0]} is not {words}")
+
+    return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
+
+
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
+    """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
+    now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    for name in now.keys() - free:
+        if now[name] != started.get(name):
+            why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
+    with open(f"{path}.tmp", "wb") as file:
+        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
+        file.write(as_json) if as_json else torch.save(content, file)
+        file.flush()
+        os.fsync(file)
+    os.replace(file.name, path)
+
+
+def load(path: Path, kind: str) -> dict:
+    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+    except Exception as error:  # a dozen types on damaged or foreign files
+        fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
+
+
+class Run:
+    """A training's folder, curves and checkpoints, its random generator and its device.
+
+    From its checkpoint a run ends with the weights and curves, to the bit, of one that was never interrupted.
+    """
+
+    def __init__(self, args: Args, subject: str):
+        self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
+        self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+        self.progress = {"step": 0, "episodes": {}, "returns": [], "first_update": None}
+        default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
+        name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
+        self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
+        self.evaluating = self.stopping = False
+        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+            fail(f"--run-name {name}: must be a plain and new name in {args.runs_dir}, or --resume an old one")
+        fcntl = importlib.import_module("fcntl")  # Windows has none
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        self.made = not self.dir.exists()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other than this one is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                fail(f"--run-name {name}: another process is training in {self.dir}")
+        if (self.dir / "args.json").exists():
+            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        if (self.dir / "result.json").exists():
+            print(f"{self.dir} is finished: see its result.json")
+            raise SystemExit(0)
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
+
+    def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
+        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
+        except (OSError, OverflowError, ValueError) as error:
+            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
+
+    def restore(self, **parts: object) -> bool:
+        """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
+        self.parts, self.made, flags, state = parts, False, vars(self.args), self.checkpoint or {"events": {}}
+        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
+            os.truncate(path, state["events"].get(path.name, 0))
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.progress, self.start = state["progress"], self.start - state["seconds"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        else:
+            save(self.dir / "args.json", flags)
+        if self.wandb:
+            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
+            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
+        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        if not self.checkpoint:
+            self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.stop)
+        return self.checkpoint is not None
+
+    def stop(self, signum: int, _: object) -> None:
+        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
+        signal.signal(signum, signal.SIG_DFL)
+        self.stopping = True
+        if self.evaluating:
+            raise KeyboardInterrupt
+
+    def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
+        """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
+
+        The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
+        """
+        args, progress, self.size = self.args, self.progress, size
+        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
+        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+            while progress["step"] < total:
+                if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
+                    self.evaluate(model, None)
+                self.counted, progress["step"] = progress["step"], progress["step"] + size
+                yield progress["step"]
+                self.bar.update(size)
+                self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
+                last = self.stopping or progress["step"] >= total
+                if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
+                    self.save_checkpoint()
+                if self.stopping:
+                    raise KeyboardInterrupt
+
+    def due(self, frequency: int) -> bool:
+        """Whether this step is one of every so many."""
+        return frequency > 0 and self.progress["step"] % frequency < self.size
+
+    def count_reward(self, reward: float, done: bool, env: int = 0) -> None:
+        """Adds a step to the episode of an environment; where it is done, its return and length are logged."""
+        self.counted += 1
+        total, length = self.progress["episodes"].pop(env, (0.0, 0))
+        total, length = total + reward, length + 1
+        if not done:
+            self.progress["episodes"][env] = total, length
+            return
+        self.writer.add_scalar("charts/episodic_return", total, self.counted)
+        self.writer.add_scalar("charts/episodic_length", length, self.counted)
+        returns = self.progress["returns"] = [*self.progress["returns"], total][-100:]
+        self.bar.set_postfix_str(f"return {np.mean(returns):.6g}", refresh=False)
+
+    def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
+        """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
+        step, progress = self.progress["step"], self.progress
+        if progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            progress["first_update"] = step, time.time() - self.start
+        for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
+            if not math.isfinite(value := float(torch.as_tensor(value).detach())):
+                fail(f"{tag} is {value:g} in step {step:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, step)
+
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        self.writer.flush()
+        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+            with open(path) as file:
+                os.fsync(file)
+        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
+        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save(self.dir / "checkpoint.pt", state)
+
+    def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
+        """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
+        self.evaluating = True
+        with torch.random.fork_rng(devices=[]):
+            states = {name: part.state_dict() for name, part in model.items()}
+            figures = evaluate(self.args, states, self.device, folder)
+        self.evaluating = False
+        for name, value in figures.items():
+            self.writer.add_scalar(f"eval/{name.removeprefix('eval_')}", value, self.progress["step"])
+        return figures
+
+    def finish(self, model: dict[str, object]) -> dict[str, float]:
+        """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
+        content = {"args": {name: value for name, value in vars(self.args).items() if name not in FREE}}
+        content |= {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model"} | content)
+        progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
+        rate = (progress["step"] - step) / (time.time() - self.start - second)
+        figures = self.evaluate(model, self.dir)
+        self.writer.close()
+        modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
+        result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
+        result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
+        result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
+        result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
+        save(self.dir / "result.json", result)
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+        return figures
+
+
+def main() -> None:
+    args, run = tyro.cli(Args, description=__doc__), None
+    try:
+        if args.evaluate:
+            content = load(args.evaluate, "model")
+            if content["args"].keys() != vars(args).keys() - FREE:
+                fail(f"{args.evaluate} is of another version of {SCRIPT}.py")
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
+            check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
+            check(args)
+            device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+            figures = evaluate(args, content, device, args.evaluate.parent)
+        else:
+            run = Run(args, check(args))
+            figures = run.finish(train(args, run))
+        words = [f"{name} {value:.6g}" for name, value in figures.items()]
+        print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
+    except KeyboardInterrupt:
+        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
+        words = sys.argv if args.resume else words
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+    finally:
+        if run and run.made:  # its training did not begin
+            for path in run.dir.glob("replay.*"):
+                path.unlink()
+            run.dir.rmdir()
+
+
+if __name__ == "__main__":
+    main()

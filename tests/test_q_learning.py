@@ -1,0 +1,222 @@
+"""Tests of q_learning.py against independent oracles; each says what it compares with."""
+
+import math
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from common import message_of, read_events, scalars
+from test_ppo import _handlers  # noqa: F401
+
+import q_learning as ql
+
+
+def make_run(tmp_path: Path, env_id: str, steps: int, **flags: object) -> ql.Run:
+    flags = {"eval_episodes": 0, "run_name": "it", "device": "cpu"} | flags
+    args = ql.Args(runs_dir=tmp_path, env_id=env_id, total_timesteps=steps, **flags)
+    return ql.Run(args, ql.check(args))
+
+
+# --- Features ---------------------------------------------------------------------------------------------------------
+
+
+def test_observations_are_scaled_between_their_bounds() -> None:
+    """A dimension without bounds, from -3 to 3; what lies outside, to the bound."""
+    space = gym.spaces.Box(np.float32([-1, 0, -np.inf]), np.float32([3, 10, np.inf]))
+    z = ql.Scaled(space)(torch.tensor([[-1.0, 5.0, 0.0], [3.0, 10.0, 1.5], [9.0, -1.0, -7.0]]))
+    assert z.tolist() == [[-1, 0, 0], [1, 1, 0.5], [1, -1, -1]]
+
+
+def test_raw_features_have_a_constant() -> None:
+    assert ql.Raw(2)(torch.tensor([[0.5, -1.0]])).tolist() == [pytest.approx([x / math.sqrt(3) for x in (0.5, -1, 1)])]
+
+
+@pytest.mark.parametrize(("d_obs", "tilings", "tiles"), [(1, 4, 3), (2, 8, 8), (3, 5, 2)])
+def test_tile_coding_is_that_of_the_book(d_obs: int, tilings: int, tiles: int) -> None:
+    """By plain loops: in grid i the place in dimension k, in tiles, is shifted by (2 k + 1) i / n, modulo 1."""
+    coding, rng = ql.TileCoding(d_obs, tilings, tiles), np.random.default_rng(0)
+    z = rng.uniform(-1, 1, (200, d_obs)).astype(np.float32)
+    z[:2] = [[-1], [1]]  # the corners
+    active = coding.active(torch.from_numpy(z)).numpy()
+    tiles_of = {}
+    for row, indices in zip(z, active, strict=True):
+        for i, index in enumerate(indices):
+            place = [
+                math.floor((x + 1) / 2 * tiles + (2 * k + 1) * i / tilings % 1) for k, x in enumerate(row.tolist())
+            ]
+            assert tiles_of.setdefault((i, *place), index) == index
+    assert len(set(tiles_of.values())) == len(tiles_of)  # different tiles, different features
+    assert 0 <= active.min() <= active.max() < coding.width == tilings * (tiles + 1) ** d_obs
+    features = coding(torch.from_numpy(z))
+    assert ((features > 0).sum(1) == tilings).all()
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(200))
+
+
+def test_cosines_are_radial_basis_functions() -> None:
+    """Inner products of features near the mean of Gaussian kernels, exp(-|x - y|^2 / (2 h^2)), of all widths h."""
+    torch.manual_seed(0)
+    basis, z = ql.RadialBasis(2, 100_000), torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.2, -0.2], [1.0, 1.0]])
+    products, distance = basis(z) @ basis(z).T, torch.cdist(z, z)
+    kernel = sum((-(distance**2) / (2 * h**2)).exp() for h in basis.WIDTHS) / len(basis.WIDTHS)
+    torch.testing.assert_close(products, kernel, atol=0.015, rtol=0)  # four standard deviations
+
+
+# --- Line 4 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["raw", "tiles", "rbf", "mlp"])
+def test_a_step_is_the_listings_line(features: str) -> None:
+    """theta - alpha (Q(s, a) - y) grad Q(s, a), the gradient by autograd of Q alone; of a batch, the mean."""
+    torch.manual_seed(0)
+    env = gym.make("MountainCar-v0")
+    q_function = ql.QFunction(ql.Args(features=features), env)
+    theta = ql.as_vector(q_function)
+    theta.data += 0.1 * torch.randn(len(theta))
+    obs, action = torch.tensor([[-0.5, 0.01], [0.3, -0.02], [-1.2, 0.0]]), torch.tensor([2, 0, 2])
+    target, before, change = torch.tensor([-7.0, 3.0, 0.0]), theta.detach().clone(), 0
+    for s, a, y in zip(obs, action, target, strict=True):
+        q = q_function(s[None])[0, a]
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(q, list(q_function.parameters()))])
+        change = change + (q.detach() - y) * gradient / 3
+    q_value = q_function(obs).gather(1, action[:, None]).squeeze(1)
+    loss = ql.td_gradient_step(theta, q_value, target, 0.3)
+    torch.testing.assert_close(theta.detach(), before - 0.3 * change)
+    torch.testing.assert_close(loss.detach(), ((q_value - target) ** 2).mean().detach())
+
+
+@pytest.mark.parametrize("features", ["raw", "tiles", "rbf"])
+def test_linear_values_begin_at_0_and_alpha_is_the_part_of_an_error_that_goes(features: str) -> None:
+    q_function, obs = ql.QFunction(ql.Args(features=features), gym.make("MountainCar-v0")), torch.tensor([[0.6, 0.07]])
+    theta = ql.as_vector(q_function)
+    assert not q_function(obs).any()
+    ql.td_gradient_step(theta, q_function(obs)[:, 1], torch.tensor([-10.0]), 0.25)
+    low = {"rbf": -2.5 * 1.3}.get(features, -2.5 * 1.001)  # the length of random cosines is only about 1
+    assert low <= q_function(obs)[0, 1] <= -2.5 * (0.7 if features == "rbf" else 0.999)
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+class Corridor(gym.Env):
+    """Places 0 to 4; action 1 goes up, 0 down. The end at 4 is terminal; each step costs 1."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+    observation_space, action_space = gym.spaces.Box(0, 4, (1,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.place = int(self.np_random.integers(4))
+        return np.float32([self.place]), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.place = max(0, self.place + 2 * action - 1)
+        return np.float32([self.place]), -1.0, self.place == 4, False, {}
+
+
+gym.register("Corridor-v0", "test_q_learning:Corridor", max_episode_steps=3)
+
+
+@pytest.mark.parametrize("target_network", [False, True])
+def test_a_training_by_hand(target_network: bool, tmp_path: Path) -> None:
+    """150 steps of the listing in numpy, on features (z, 1) / sqrt 2: episodes end at 4, or are cut after 3 steps."""
+    flags = {"features": "raw", "learning_rate": 0.2, "gamma": 0.9, "start_e": 1.0, "end_e": 0.1, "seed": 5}
+    flags |= {"target_network": target_network, "target_network_frequency": 7, "exploration_fraction": 0.5}
+    run = make_run(tmp_path, "Corridor-v0", 150, **flags)
+    model = ql.train(run.args, run)
+
+    rng, env, ends = np.random.default_rng(5), gym.make("Corridor-v0"), []
+    env.reset(seed=int(rng.integers(2**31)))
+    (place,), _ = env.reset()
+    w = older = np.zeros((2, 2))
+    for step in range(1, 151):
+        epsilon = 0.1 if step >= 75 else 1 - 0.9 * step / 75
+        x = np.array([place / 2 - 1, 1]) / np.sqrt(2)
+        action = int(rng.integers(2)) if rng.random() < epsilon else int((w @ x).argmax())
+        (after,), reward, terminated, truncated, _ = env.step(action)
+        rng.integers(step - 1, step, 1)  # the draw from a memory of one
+        ahead = (older if target_network else w) @ (np.array([after / 2 - 1, 1]) / np.sqrt(2))
+        y = reward if terminated else reward + 0.9 * ahead.max()
+        w = w.copy()
+        w[action] -= 0.2 * (w[action] @ x - y) * x
+        older = w if step % 7 == 0 else older
+        place = env.reset()[0][0] if terminated or truncated else after
+        ends.append((terminated, truncated))
+    assert (True, False) in ends
+    assert (False, True) in ends
+    torch.testing.assert_close(
+        model["q_function"].layers[-1].weight.detach().numpy(), w.astype(np.float32), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("flags", [{"features": "tiles"}, {"features": "mlp", "replay": True, "batch_size": 16}])
+def test_it_learns_to_leave_the_corridor(flags: dict, tmp_path: Path) -> None:
+    """Values of the greedy policy: minus the number of steps to the end, though episodes are cut before it."""
+    flags |= {"learning_rate": 0.05 if flags["features"] == "mlp" else 0.3, "hidden_sizes": (16, 16)}
+    run = make_run(tmp_path, "Corridor-v0", 3_000, start_e=0.5, end_e=0.5, **flags)
+    q_function = ql.train(run.args, run)["q_function"]
+    values = q_function(torch.tensor([[0.0], [1.0], [2.0], [3.0]])).amax(dim=1).detach()
+    torch.testing.assert_close(values, torch.tensor([-4.0, -3.0, -2.0, -1.0]), atol=0.3, rtol=0)
+
+
+def test_a_surface_is_drawn_of_two_dimensions(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "MountainCar-v0", 600, max_episode_steps=1000)
+    ql.train(run.args, run)
+    run.writer.close()
+    assert [event.step for event in read_events(run.dir).Images("cost_to_go")] == [256, 512]
+    assert run.progress["episodes"] == {0: (-600.0, 600)}  # not the environment's limit of 200
+
+
+# --- Baird's star -----------------------------------------------------------------------------------------------------
+
+
+def test_bairds_star_diverges_as_computed(tmp_path: Path) -> None:
+    """Sweeps of plain sums; and the figures that two other programs gave: w_8 = 335.00, values of 581.4."""
+    run = make_run(tmp_path, "Baird-v0", 1_000, gamma=0.99, learning_rate=0.01)
+    weights = ql.train(run.args, run)["value"].weight.detach().numpy()[0]
+    w = [1.0] * 6 + [10.0, 1.0]
+    for _ in range(1_000):
+        v7, change = w[6] + 2 * w[7], [0.0] * 8
+        for s in range(6):
+            error = 0.99 * v7 - (2 * w[s] + w[7])
+            change[s] += 2 * error / 7
+            change[7] += error / 7
+        error = 0.99 * v7 - v7
+        change[6] += error / 7
+        change[7] += 2 * error / 7
+        w = [old + 0.01 * step for old, step in zip(w, change, strict=True)]
+    np.testing.assert_allclose(weights, w)
+    assert weights[7] == pytest.approx(335.00, abs=0.01)
+    assert scalars(run.dir, "losses/value_rms")[-1] == (1_000, pytest.approx(581.4, abs=0.05))
+
+
+@pytest.mark.parametrize("flags", [{"gamma": 0.8}, {"gamma": 0.99, "target_network": True}])
+def test_what_mends_it(flags: dict, tmp_path: Path) -> None:
+    """A gamma below 15/17 = 0.8824, or older weights for the next states: the values fall in the end."""
+    run = make_run(tmp_path, "Baird-v0", 10_000, learning_rate=0.01, **flags)
+    ql.train(run.args, run)
+    values = [value for _, value in scalars(run.dir, "losses/value_rms")]
+    assert values[-1] < 0.9 * max(values)
+    assert max(values) < 30
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+BAD = [
+    ("--env-id Pendulum-v1", "needs vectors (Box) of observations and Discrete actions"),
+    ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions"),
+    ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
+    ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
+    ("--replay --buffer-size 100", "--buffer-size 100: must be at least --batch-size 128"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), BAD)
+def test_bad_input(
+    flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in message_of(ql, flags.split(), capsys, monkeypatch)
+    assert not list(tmp_path.iterdir())
