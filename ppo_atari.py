@@ -307,9 +307,9 @@ def gae(
     of the true s_{t+1}. What is cut off at the end of the rollout is estimated by its value too.
     """
     delta = reward + gamma * next_value * (1 - terminated) - value
-    advantage, following = np.zeros_like(delta), 0.0
+    advantage, following, decay = np.zeros_like(delta), 0.0, gamma * gae_lambda * (1 - done)
     for t in reversed(range(len(delta))):
-        following = advantage[t] = delta[t] + gamma * gae_lambda * (1 - done[t]) * following
+        following = advantage[t] = delta[t] + decay[t] * following
     return advantage
 
 

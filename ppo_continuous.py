@@ -64,7 +64,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -285,10 +285,16 @@ class Policy(nn.Module):
         """Of the distribution, in nats; it is the same in every state."""
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
-    @torch.inference_mode()
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """The means for observations, float32 (batch, d_obs) to (batch, d_action)."""
-        return self.mean(torch.from_numpy(obs).to(self.log_std.device)).cpu().numpy()
+    def in_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The mean as a function of observations, float32 (batch, d_obs): of one, in a fifth of the time of torch."""
+        layers = [[x.detach().cpu().numpy() for x in (layer.weight.T, layer.bias)] for layer in self.mean[::2]]
+
+        def mean(obs: np.ndarray) -> np.ndarray:
+            for weight, bias in layers[:-1]:
+                obs = np.tanh(obs @ weight + bias)
+            return obs @ layers[-1][0] + layers[-1][1]
+
+        return mean
 
 
 class ValueFunction(nn.Module):
@@ -328,9 +334,9 @@ def gae(
     of the true s_{t+1}. What is cut off at the end of the rollout is estimated by its value too.
     """
     delta = reward + gamma * next_value * (1 - terminated) - value
-    advantage, following = np.zeros_like(delta), 0.0
+    advantage, following, decay = np.zeros_like(delta), 0.0, gamma * gae_lambda * (1 - done)
     for t in reversed(range(len(delta))):
-        following = advantage[t] = delta[t] + gamma * gae_lambda * (1 - done[t]) * following
+        following = advantage[t] = delta[t] + decay[t] * following
     return advantage
 
 
@@ -382,12 +388,12 @@ def train(args: Args, run: Run) -> dict[str, object]:
     iterations = args.total_timesteps // size
     for step in run.steps(iterations * size, size, policy=policy, obs_moments=obs_moments):  # 2: for each iteration
         # 3: run pi_theta_old in N environments for T steps
-        std = policy.log_std.exp().detach().cpu().numpy()
+        mean, std = policy.in_numpy(), policy.log_std.exp().detach().cpu().numpy()
         for t in range(args.num_steps):
             # 4: keep states, actions, rewards
             obs[t] = [env.obs for env in envs]
             noise = std * rng.standard_normal((args.num_envs, d_action), np.float32)
-            action[t] = policy.act(obs_moments.normalise(obs[t])) + noise
+            action[t] = mean(obs_moments.normalise(obs[t])) + noise
             for i, env in enumerate(envs):
                 next_obs[t, i], score, terminated[t, i], truncated, _ = env.step(action[t, i])
                 reward[t, i], done[t, i] = score, terminated[t, i] or truncated
@@ -447,12 +453,12 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     obs_moments = RunningMoments(env.observation_space.shape[0])
     policy.load_state_dict(model["policy"])
     obs_moments.load_state_dict(model["obs_moments"])
-    returns = np.zeros(args.eval_episodes)
+    returns, mean = np.zeros(args.eval_episodes), policy.in_numpy()
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
         done = False
         while not done:
-            obs, reward, terminated, truncated, _ = env.step(policy.act(obs_moments.normalise(obs[None]))[0])
+            obs, reward, terminated, truncated, _ = env.step(mean(obs_moments.normalise(obs[None]))[0])
             returns[episode] += reward
             done = terminated or truncated
     env.close()
