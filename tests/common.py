@@ -30,7 +30,7 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--eval-frequency", "500", "--eval-episodes", "1"),
     ],
     "ppo_atari": [
-        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "640", "--num-envs", "2"),
+        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "512", "--num-envs", "2"),
         *("--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1", "--checkpoint-frequency", "64"),
         *("--eval-episodes", "1"),
     ],
