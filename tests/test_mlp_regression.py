@@ -158,7 +158,7 @@ def test_an_epoch_of_sgd_by_hand() -> None:
 
 
 def test_three_sigmoids_find_the_sine(tmp_path: Path) -> None:
-    """Half of the starts of the default command, against the largest error and RMSE that the lecture's printed network is to be beaten by."""
+    """Half of the default starts, against the errors that the lecture's printed network is to be beaten by."""
     assert run("mlp_regression", "--seed", 2, "--restarts", 10, "--run-name", "sine", cwd=tmp_path).returncode == 0
     result = json.loads((tmp_path / "runs/sine/result.json").read_text())
     assert result["largest_error"] <= 0.05
