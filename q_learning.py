@@ -292,7 +292,7 @@ class QFunction(nn.Module):
 
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """The weights of a network as one vector, of which they become views: for Adam, a norm or an average, one tensor."""
+    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor."""
     parameters = list(network.parameters())
     sizes = [parameter.numel() for parameter in parameters]
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
