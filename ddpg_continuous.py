@@ -295,7 +295,7 @@ def train(args: Args, run: Run) -> dict[str, Actor]:
     critic_adam = torch.optim.Adam([phi], lr=args.learning_rate, fused=True)
     # 3: initialise replay memory R
     capacity = min(args.buffer_size, args.total_timesteps)
-    slots = capacity + min(args.checkpoint_frequency, args.total_timesteps)
+    slots = capacity + min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
     rows = run.map_file("transitions", np.float32, (slots, 2 * d_obs + d_action + 2))
     memory = ReplayMemory(capacity, rows, d_obs, rng, device)
 

@@ -382,7 +382,8 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     env = make_atari(args, rng)
     # 1: initialise replay memory D to capacity N
     capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
-    slots = capacity + 2 * min(args.checkpoint_frequency, args.total_timesteps)  # a step stores one screen or two
+    spare = min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
+    slots = capacity + 2 * spare  # a step stores one screen or two
     screens = run.map_file("screens", np.uint8, (slots, FRAME_SIZE, FRAME_SIZE))
     memory = FrameMemory(capacity, screens, run.map_file("steps", FrameMemory.STEP, (slots,)), rng, device)
     # 2: initialise action-value network Q with random weights

@@ -21,6 +21,7 @@ Proximal policy optimisation, the variant with clipping. The numbers stand again
 A state is the last four screens. Policy and value function share all layers but the last.
 
 Differs from the paper:
+- Rewards are clipped to their sign.
 - The end by a time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, but the game
   goes on, and the screens before it stay in the state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: c_1 = 0.5, advantages are normalised in each minibatch, initial
@@ -30,7 +31,7 @@ Differs from the paper:
 - All steps are agent steps of four emulator frames. Screens are made grey, the maximum of two is taken, and it is
   shrunk by area.
 
-An evaluation samples its actions from the policy, as the training does.
+An evaluation samples its actions from the policy, as the training does, in games of at most five minutes.
 """
 
 # /// script
@@ -98,7 +99,7 @@ class Args:
     sticky_actions: Fraction = 0.0
     """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
     total_timesteps: Count = 10_000_000
-    """agent steps to train for, of all environments together (one step is four emulator frames)"""
+    """agent steps (of four frames) of all environments together; the last ones that fill no rollout are left out"""
     learning_rate: Positive = 2.5e-4
     """learning rate of Adam at the beginning; it falls linearly to 0"""
     num_envs: Count = 8

@@ -21,13 +21,16 @@ Proximal policy optimisation, the variant with clipping. The numbers stand again
 Differs from the paper:
 - A terminal state has no value. The end by a time limit is no terminal state: delta_t takes V of its true last state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: observations are normalised by their mean and variance so far and
-  rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages
-  are normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped.
-- Theirs, but not ours: statistics that change within a rollout (here they are those of the rollouts before, so that a
-  state has one value), and a clipped value loss, which brings nothing (Andrychowicz et al. 2021, section 3.4).
+  rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
+  normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped; the learning rate falls,
+  and Adam's epsilon is 1e-5.
+- Theirs, but not ours: statistics of observations that change within a rollout (here they are those of the rollouts
+  before, so that a state has one value), and a clipped value loss, which brings nothing (Andrychowicz et al. 2021,
+  section 3.4).
 - As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
   policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
-- An action is clipped to its bounds when the environment takes it; the policy is asked about the unclipped one.
+- Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
+  asked about the unclipped one. Theirs are only clipped.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
 """

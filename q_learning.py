@@ -12,18 +12,19 @@ The numbers stand again in `train`, where each line happens.
      4      theta = theta - alpha (Q_theta(s, a) - r - gamma max_a' Q_theta(s', a')) grad_theta Q_theta(s, a)
 
 Q is linear in features of s (`--features raw`, `rbf`, `tiles`), with weights for each action, or a network (`mlp`).
-Features have a length of about 1, so that alpha is the part of an error that its update removes: with n tilings, alpha
-here is alpha / n on features of 0 and 1, the book's rule. Linear weights begin at 0, which is optimistic where rewards
-are negative: it explores without an epsilon.
+Features of `rbf` and `tiles` have a length of about 1, so that alpha is the part of an error that its update removes:
+with n tilings, alpha here is alpha / n on features of 0 and 1, the book's rule. Linear weights begin at 0, which is
+optimistic where rewards are negative: it explores without an epsilon (elsewhere, as in CartPole, give `--start-e 1`;
+`mlp` wants an alpha of some thousandths).
 
 A terminal state has no value. The end by a time limit is no terminal state: its target goes on with max_a' Q(s', a').
 
 DQN's two ideas are switches: `--replay` takes the mean of line 4 over a minibatch of past transitions, and
 `--target-network` takes max_a' from older weights, copied every so many steps.
 
-`--env-id Baird-v0` is Baird's star (Baird 1995; Sutton and Barto 2018, section 11.2): line 4 in expectation, swept over
-seven states, with rewards of 0 and weights that could say so, and yet they grow without bound; `--target-network`, or a
-gamma below 15/17, mends it.
+`--env-id Baird-v0 --learning-rate 0.01 --gamma 0.99 --total-timesteps 1000` is Baird's star (Baird 1995; Sutton and
+Barto 2018, section 11.2): line 4 in expectation, swept over seven states, with rewards of 0 and weights that could say
+so, and yet they grow without bound. `--target-network`, or a gamma below 15/17, mends it.
 """
 
 # /// script
@@ -54,6 +55,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -356,21 +358,25 @@ def td_gradient_step(
     return loss
 
 
+def baird_features() -> torch.Tensor:
+    """Of Baird's seven states, double (7, 8): v(s) = 2 w_s + w_8 in the states 1 to 6, w_7 + 2 w_8 in the state 7."""
+    features = torch.cat([2 * torch.eye(7), torch.ones(7, 1)], dim=1).double()
+    features[6, 6:] = torch.tensor([1.0, 2.0])
+    return features
+
+
 def sweep_baird(args: Args, run: Run) -> dict[str, nn.Module]:
     """Line 4 in expectation over Baird's seven states, from weights (1, 1, 1, 1, 1, 1, 10, 1); returns the weights.
 
-    v(s) = 2 w_s + w_8 in the states 1 to 6 and w_7 + 2 w_8 in the state 7, to which the policy in question always goes;
-    all states are visited equally often, as by a behaviour that only sometimes does.
+    The policy in question always goes to the state 7; all states are visited equally often, as by another behaviour.
     """
-    features = torch.cat([2 * torch.eye(7), torch.ones(7, 1)], dim=1)
-    features[6, 6:] = torch.tensor([1.0, 2.0])
-    features = features.double()
+    features = baird_features()
     value = nn.Linear(8, 1, bias=False).double()
     theta = as_vector(value)
     theta.data.copy_(torch.tensor([1.0] * 6 + [10.0, 1.0]))
     older = copy.deepcopy(value).requires_grad_(False)
     run.restore(value=value, older=older)
-    for step in run.steps(args.total_timesteps):
+    for step in run.steps(args.total_timesteps, value=value):
         with torch.no_grad():
             target = args.gamma * (older if args.target_network else value)(features[6]).expand(7)
         loss = td_gradient_step(theta, value(features).squeeze(1), target, args.learning_rate)
@@ -381,11 +387,11 @@ def sweep_baird(args: Args, run: Run) -> dict[str, nn.Module]:
     return {"value": value}
 
 
-def surface(q_function: QFunction, env: gym.Env) -> Figure:
+def surface(q_function: QFunction) -> Figure:
     """The cost to go, -max_a Q(s, a), over two-dimensional observations, as in Sutton and Barto's figure 10.1."""
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()
-    (left, bottom), (right, top) = env.observation_space.low, env.observation_space.high
+    (left, bottom), (right, top) = q_function.layers[0].low.tolist(), q_function.layers[0].high.tolist()
     x, y = np.meshgrid(np.linspace(left, right, 60), np.linspace(bottom, top, 60))
     grid = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32))
     with torch.no_grad():
@@ -405,7 +411,7 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
     older = copy.deepcopy(q_function).requires_grad_(False)
     theta, d_obs = as_vector(q_function), env.observation_space.shape[0]
     capacity = min(args.buffer_size, args.total_timesteps) if args.replay else 1
-    slots = capacity + min(args.checkpoint_frequency, args.total_timesteps)
+    slots = capacity + min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
     memory = ReplayMemory(capacity, run.map_file("transitions", np.float32, (slots, 2 * d_obs + 3)), d_obs, rng, device)
 
     if not run.restore(env=env, memory=memory, q_function=q_function, older=older):
@@ -433,16 +439,16 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
 
         run.log({"losses/td_loss": loss, "losses/q_values": q_value.mean(), "charts/epsilon": epsilon})
         if d_obs == 2 and step >= 256 and step & (step - 1) == 0:  # 256, 512, 1024, ...
-            run.writer.add_figure("cost_to_go", surface(q_function, env), step)
+            run.writer.add_figure("cost_to_go", surface(q_function), step)
 
     env.close()
     return {"q_function": q_function}
 
 
 def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
-    """Returns of whole episodes with the greedy policy; of Baird's star, its values, all of which should be 0."""
+    """Returns of whole episodes with the greedy policy; of Baird's star, the root mean square of its values."""
     if args.env_id == "Baird-v0":
-        return {"largest_weight": model["value"]["weight"].abs().max().item()}
+        return {"value_rms": (baird_features() @ model["value"]["weight"][0]).square().mean().sqrt().item()}
     if args.eval_episodes == 0:
         return {}
     env = make_discrete_env(args, folder / f"videos-{time.time():.6f}" if folder and args.capture_video else None)
@@ -464,8 +470,19 @@ def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
     if args.replay and args.buffer_size < args.batch_size:
         fail(f"--buffer-size {args.buffer_size}: must be at least --batch-size {args.batch_size}")
-    if args.env_id != "Baird-v0":
-        make_discrete_env(args).close()
+    if args.env_id == "Baird-v0":
+        return args.env_id
+    with make_discrete_env(args) as env:
+        size = args.tilings * (args.tiles + 1) ** env.observation_space.shape[0]
+    if args.features == "tiles" and size > 10**7:
+        fail(f"--tiles {args.tiles}: makes {size:,} features; take fewer, or --features rbf")
+    if args.capture_video:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with make_discrete_env(args, Path(folder) / "videos") as env:
+                    env.reset()
+            except Exception as error:  # every renderer has its own
+                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
     return args.env_id
 
 

@@ -21,11 +21,13 @@ Differs from the paper:
 - Advantages are estimated as in Schulman et al. 2016 with a fitted value function; the paper takes returns.
 - F has `--cg-damping` added on its diagonal, as in the authors' code (OpenAI's baselines).
 - A terminal state has no value. The end by a time limit is no terminal state: delta_t takes V of its true last state.
-- As in sb3-contrib and Tianshou: observations are normalised by their mean and variance so far and rewards divided by
-  the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are normalised; initial
-  weights are orthogonal. The statistics are those of the rollouts before, so that a state has one value.
+- As in RL Zoo's settings of sb3-contrib: observations are normalised by their mean and variance so far and rewards
+  divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
+  normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before, so that a
+  state has one value; the next rollout acts with newer ones. All other defaults are sb3-contrib's.
 - The policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
-- An action is clipped to its bounds when the environment takes it; the policy is asked about the unclipped one.
+- Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
+  asked about the unclipped one. Theirs are only clipped.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
 """

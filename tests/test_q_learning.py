@@ -173,7 +173,7 @@ def test_a_surface_is_drawn_of_two_dimensions(tmp_path: Path) -> None:
 
 def test_bairds_star_diverges_as_computed(tmp_path: Path) -> None:
     """Sweeps of plain sums; and the figures that two other programs gave: w_8 = 335.00, values of 581.4."""
-    run = make_run(tmp_path, "Baird-v0", 1_000, gamma=0.99, learning_rate=0.01)
+    run = make_run(tmp_path, "Baird-v0", 1_000, gamma=0.99, learning_rate=0.01, eval_frequency=500)
     weights = ql.train(run.args, run)["value"].weight.detach().numpy()[0]
     w = [1.0] * 6 + [10.0, 1.0]
     for _ in range(1_000):
@@ -209,6 +209,8 @@ BAD = [
     ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions"),
     ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
     ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
+    ("--env-id Acrobot-v1 --tiles 20", "--tiles 20: makes 686,128,968 features"),
+    ("--env-id MountainCar-v0 --capture-video --max-episode-steps 0 --replay --buffer-size 2", "--buffer-size 2"),
     ("--replay --buffer-size 100", "--buffer-size 100: must be at least --batch-size 128"),
 ]
 
