@@ -289,7 +289,7 @@ class Policy(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
     def in_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The mean as a function of observations, float32 (batch, d_obs): of one, in a fifth of the time of torch."""
+        """The mean as a function of observations, float32 (batch, d_obs): of one, in a third of torch's time."""
         layers = [[x.detach().cpu().numpy() for x in (layer.weight.T, layer.bias)] for layer in self.mean[::2]]
 
         def mean(obs: np.ndarray) -> np.ndarray:
@@ -400,7 +400,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
             for i, env in enumerate(envs):
                 next_obs[t, i], score, terminated[t, i], truncated, _ = env.step(action[t, i])
                 reward[t, i], done[t, i] = score, terminated[t, i] or truncated
-                run.count_reward(score, terminated[t, i] or truncated, i)
+                run.count_reward(score, done[t, i], i)
                 if done[t, i]:
                     env.reset()
         # 4: log-probabilities

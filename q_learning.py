@@ -1,6 +1,6 @@
 """Q-learning with function approximation in one file, after Watkins 1989 and Sutton and Barto 2018, chapters 9 to 11.
 
-    python q_learning.py                                          # Mountain Car with tile coding, in a minute
+    python q_learning.py                                          # Mountain Car with tile coding, in minutes
     python q_learning.py --run-name m --resume                    # start, or go on after a kill, to the bit
     python q_learning.py --evaluate runs/m/model.pt               # act with trained weights
 

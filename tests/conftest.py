@@ -2,8 +2,20 @@
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a job in the background ignores it, and so would its children
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """A training in the tests' own process handles signals; afterwards pytest does again."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

@@ -3,9 +3,7 @@
 import copy
 import io
 import itertools
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,15 +19,6 @@ from hypothesis import strategies as st
 import ddpg_continuous as ddpg
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """A training in this process handles signals; afterwards pytest does again."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 import copy
 import io
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import ale_py
@@ -21,15 +19,6 @@ from hypothesis import strategies as st
 import dqn_atari as dqn
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """A training in this process handles signals; afterwards pytest does again."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 def make_run(tmp_path: Path, **flags: object) -> dqn.Run:

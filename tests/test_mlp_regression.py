@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -18,15 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import mlp_regression as mlp
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """A training in this process handles signals; afterwards pytest does again."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 def made_args(**flags: object) -> mlp.Args:

@@ -4,9 +4,8 @@ What trpo_continuous.py shares with the first is the same to the letter; where i
 """
 
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,15 +20,6 @@ import ppo_continuous as ppo
 import trpo_continuous as trpo
 
 both = pytest.mark.parametrize("script", [ppo, ppo_atari])
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """A training in this process handles signals; afterwards pytest does again."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture

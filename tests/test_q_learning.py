@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from common import message_of, read_events, scalars
-from test_ppo import _handlers  # noqa: F401
 
 import q_learning as ql
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ppo import _handlers, make_run  # noqa: F401
+from test_ppo import make_run
 
 import trpo_continuous as trpo
 
