@@ -312,16 +312,25 @@ class FrameMemory:
         """The observation that the newest screen completes: uint8 (1, 4, 84, 84)."""
         return self._stack(np.array([self.count - 1]), 1 - STACK, 0)
 
+    @property
+    def oldest(self) -> int:
+        """The first screen whose observation is still whole."""
+        return self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Places of transitions, drawn uniformly with replacement: int64 (batch,)."""
+        position = self.rng.integers(self.oldest, self.count - 1, batch_size)
+        while not (drawable := self.steps["acted"][position % self.slots]).all():
+            position[~drawable] = self.rng.integers(self.oldest, self.count - 1, (~drawable).sum())
+        return position
+
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """Transitions drawn uniformly with replacement.
 
         obs uint8 (batch, 4, 84, 84), action int64 (batch,), reward float32 (batch,), next_obs like obs, terminated
         float32 (batch,), 1 where the target must not bootstrap.
         """
-        oldest = self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
-        position = self.rng.integers(oldest, self.count - 1, batch_size)
-        while not (drawable := self.steps["acted"][position % self.slots]).all():
-            position[~drawable] = self.rng.integers(oldest, self.count - 1, (~drawable).sum())
+        position = self.draw(batch_size)
         steps, screens = self.steps[position % self.slots], self._stack(position, 1 - STACK, 1)
         dtypes = {"action": np.int64, "reward": np.float32, "terminated": np.float32}
         action, reward, terminated = (torch.from_numpy(steps[n].astype(t)).to(self.device) for n, t in dtypes.items())
@@ -673,7 +682,7 @@ class Run:
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
         """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
         self.evaluating = True
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] * (self.device.type == "cuda")):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False

@@ -656,7 +656,7 @@ class Run:
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
         """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
         self.evaluating = True
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] * (self.device.type == "cuda")):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False

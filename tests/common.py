@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+import gymnasium as gym
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,6 +20,12 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "500"),
         *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
         *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-episodes", "1"),
+    ],
+    "rainbow_atari": [
+        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "500", "--small-network"),
+        *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
+        *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-frequency", "200"),
+        *("--eval-episodes", "1"),
     ],
     "ddpg_continuous": [
         *("--env-id", "Pendulum-v1", "--total-timesteps", "1200", "--learning-starts", "300", "--buffer-size", "400"),
@@ -50,7 +58,7 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
     ],
 }
-OFF_POLICY = ["ddpg_continuous", "dqn_atari"]  # the scripts with a replay memory
+OFF_POLICY = ["ddpg_continuous", "dqn_atari", "rainbow_atari"]  # the scripts with a replay memory
 AGENTS = [
     *OFF_POLICY,
     "ppo_atari",
@@ -126,3 +134,36 @@ def message_of(
     assert message.startswith(f"{script.SCRIPT}: error: ")
     assert message.count("\n") == 1
     return message
+
+
+class Catch(gym.Env):
+    """A ball falls through four rows of a 4 x 4 board; the paddle in the last row moves left, stays or moves right.
+
+    Screens of 84 x 84 with the interface of AtariPreprocessing. The return is 1 for a ball caught, -1 for one missed.
+    """
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
+
+    def screen(self) -> np.ndarray:
+        board = np.zeros((4, 4), np.uint8)
+        board[self.row, self.column] = 255
+        board[3, self.paddle] = 255
+        return board.repeat(21, axis=0).repeat(21, axis=1)
+
+    def reset(self, **_: object) -> tuple[np.ndarray, dict]:
+        self.row, self.column, self.paddle = 0, int(self.rng.integers(4)), int(self.rng.integers(4))
+        return self.screen(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.paddle = min(3, max(0, self.paddle + action - 1))
+        self.row += 1
+        over = self.row == 3
+        reward = (1.0 if self.column == self.paddle else -1.0) if over else 0.0
+        return self.screen(), reward, over, False, {"life_lost": False}
+
+    def state_dict(self) -> dict:
+        return {}

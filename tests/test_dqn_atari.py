@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import message_of, scalars
+from common import Catch, message_of, scalars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -316,39 +316,6 @@ def test_network_is_the_papers() -> None:
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
-
-
-class Catch(gym.Env):
-    """A ball falls through four rows of a 4 x 4 board; the paddle in the last row moves left, stays or moves right.
-
-    Screens of 84 x 84 with the interface of AtariPreprocessing. The return is 1 for a ball caught, -1 for one missed.
-    """
-
-    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
-    action_space = gym.spaces.Discrete(3)
-
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
-
-    def screen(self) -> np.ndarray:
-        board = np.zeros((4, 4), np.uint8)
-        board[self.row, self.column] = 255
-        board[3, self.paddle] = 255
-        return board.repeat(21, axis=0).repeat(21, axis=1)
-
-    def reset(self, **_: object) -> tuple[np.ndarray, dict]:
-        self.row, self.column, self.paddle = 0, int(self.rng.integers(4)), int(self.rng.integers(4))
-        return self.screen(), {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.paddle = min(3, max(0, self.paddle + action - 1))
-        self.row += 1
-        over = self.row == 3
-        reward = (1.0 if self.column == self.paddle else -1.0) if over else 0.0
-        return self.screen(), reward, over, False, {"life_lost": False}
-
-    def state_dict(self) -> dict:
-        return {}
 
 
 @pytest.fixture

@@ -1,0 +1,911 @@
+"""Rainbow on Atari in one file, after Hessel et al. 2018, "Rainbow: combining improvements in deep RL".
+
+    python rainbow_atari.py --env-id ALE/Breakout-v5 --seed 2                 # train; curves and weights in runs/
+    python rainbow_atari.py --env-id ALE/Pong-v5 --no-noisy-nets --n-step 1   # without two of the six tricks
+    python rainbow_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
+
+Deep Q-learning with six tricks, each a flag: without any of them the listing is that of dqn_atari.py, and so are the
+weights, to the bit. The numbers stand again in `train`, where each line happens.
+
+     1  initialise replay memory D to capacity N
+     2  initialise network with random weights: for each action the distribution of its return  --distributional (a)
+        a head for the state's value and one for the actions' advantages                        --dueling (b)
+     3  initialise target network with the weights of the network
+     4  for each step t:
+     5      a_t = argmax_a Q(phi_t, a) under fresh noise in the weights of the heads            --noisy-nets (c)
+     6      execute a_t, observe reward r_t and screen x_{t+1}
+     7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, r_t, phi_{t+1}) in D
+     8      sample transitions j by priority, their last loss^0.5: P(j) ~ p_j               --prioritised-replay (d)
+     9      R = r_j + gamma r_{j+1} + ... and phi_{j+n} of n steps, fewer where it ends          --n-step (e)
+        a* = argmax_a Q(phi_{j+n}, a) by the network, its distribution by the target network    --double-q (f)
+        shrink it by gamma^n, shift it by R, and project it onto the atoms
+    10      one gradient step on the mean of w_j times the cross-entropy, w_j ~ P(j)^-beta; p_j = the new loss^0.5
+    11      every C steps target network = network
+
+(a) Bellemare et al. 2017; (b) Wang et al. 2016; (c) Fortunato et al. 2018; (d) Schaul et al. 2016; (e) Sutton 1988;
+(f) van Hasselt et al. 2016.
+
+Differs from the paper:
+- All steps are agent steps of four emulator frames.
+- The gradient's norm is clipped to 10, as in DeepMind's published code (DQN Zoo).
+- The last n - 1 transitions before an end are kept, with what is left of their n steps, and so are those before a
+  time limit, which is no terminal state: its target bootstraps.
+- beta grows from the first step on; a priority never falls to zero, for 1e-6 is added to the loss.
+- Evaluation keeps the noise, as DQN Zoo's does; without noisy nets it acts at random in 5 of 100 steps, as DQN's does.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "gymnasium==1.4.0",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NoReturn
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
+
+FRAME_SIZE = 84  # pixels; a preprocessed screen is 84 x 84 grey levels
+STACK = 4  # screens in one observation
+ACTION_REPEAT = 4  # emulator frames per agent step
+NOOP_MAX = 30  # emulator frames without action at the start of a game, at most
+PRIORITY_EXPONENT = 0.5  # alpha: 0, all transitions alike; 1, in proportion to their loss
+WEIGHT_EXPONENT = 0.4  # beta at the start; 1, full correction of the draw's bias, at the end
+ATOMS, V_MAX = 51, 10.0  # of a distribution: returns from -V_MAX to V_MAX
+EVAL_EPSILON = 0.05  # without noisy nets
+EVAL_MAX_FRAMES = 108_000  # emulator frames of an evaluation game: half an hour at 60 Hz
+EVAL_SEED = 1_000_000  # added to the seed: evaluations play other games than the training
+LOG_FREQUENCY = 400  # agent steps between two records of losses
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "ALE/Pong-v5"
+    """the game: an Atari environment id"""
+    sticky_actions: Fraction = 0.0
+    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
+    total_timesteps: Count = 1_000_000
+    """agent steps to train for (one step is four emulator frames)"""
+    learning_rate: Positive = 6.25e-5
+    """learning rate of Adam"""
+    optimizer_eps: Positive = 1.5e-4
+    """epsilon in Adam's denominator"""
+    max_grad_norm: Positive = 10.0
+    """longer gradients are shortened to this norm"""
+    buffer_size: Count = 1_000_000
+    """screens in the replay memory, 7,064 bytes each: one a transition, and one more a game"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    target_network_frequency: Count = 8_000
+    """agent steps between two copies of the weights to the target network; 1: no separate target"""
+    batch_size: Count = 32
+    """transitions in a minibatch"""
+    double_q: bool = True
+    """the network chooses the next action, the target network only values it"""
+    prioritised_replay: bool = True
+    """draw transitions by their last loss, not uniformly"""
+    dueling: bool = True
+    """estimate a state's value and its actions' advantages in two streams"""
+    n_step: Count = 3
+    """steps of reward in a target; 1: DQN's"""
+    distributional: bool = True
+    """learn the distribution of the return, not its mean"""
+    noisy_nets: bool = True
+    """explore by noise in the weights, not by epsilon"""
+    noisy_sigma: Positive = 0.5
+    """the noise's standard deviation at the start, times the root of a layer's inputs (DQN Zoo: 0.1)"""
+    small_network: bool = False
+    """two convolutions and 256 units, for short runs (van Hasselt et al. 2019), instead of DQN's three and 512"""
+    start_e: Fraction = 1.0
+    """epsilon of the exploration at the start, without noisy nets"""
+    end_e: Fraction = 0.01
+    """epsilon of the exploration at its end"""
+    exploration_fraction: Fraction = 0.1
+    """part of the run over which epsilon falls from start to end"""
+    learning_starts: Count = 20_000
+    """agent steps before the first update"""
+    train_frequency: Count = 4
+    """agent steps between two updates"""
+
+    # The run
+    seed: Natural = 1
+    """seed of the weights, the exploration, the replay's draws and the environment"""
+    device: Literal[DEVICES] = "auto"
+    """auto takes an accelerator where there is one"""
+    runs_dir: Path = Path("runs")
+    """folder that holds the runs"""
+    run_name: str = ""
+    """name of this run's folder in the runs' folder; default ENV__SCRIPT__SEED__TIMESTAMP"""
+    resume: bool = False
+    """go on from the checkpoint of --run-name; start the run where there is none"""
+    checkpoint_frequency: Natural = 10_000
+    """steps between two checkpoints; 0: none"""
+    eval_frequency: Natural = 0
+    """steps between two evaluations during the training, in an environment of their own; 0: none"""
+    eval_episodes: Natural = 10
+    """episodes of an evaluation, also of the one after the training; 0: none"""
+    evaluate: Path | None = None
+    """a model.pt to evaluate, instead of training"""
+    capture_video: bool = False
+    """record the episodes of the last evaluation as mp4"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb); WANDB_PROJECT and WANDB_ENTITY say where"""
+
+
+def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How to shrink an axis of `size` pixels by area: a new pixel is the mean of the size / new_size that it covers.
+
+    For the first, second, ... old pixel that it touches: index, int64 (new_size,), and weight, the part covered.
+    """
+    scale = size / new_size
+    start = np.arange(new_size) * scale
+    touched = []
+    for offset in range(math.ceil(scale) + 1):
+        index = np.floor(start + 1e-9).astype(np.int64) + offset
+        covered = np.minimum(index + 1, start + scale) - np.maximum(index, start)
+        touched.append((np.minimum(index, size - 1), (covered.clip(0) / scale).astype(np.float32)))
+    return touched
+
+
+class AtariPreprocessing(gym.Wrapper):
+    """The paper's preprocessing ("Methods: Preprocessing") around a raw grey-scale Atari environment.
+
+    `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
+    rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
+    frame. Both give one screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
+    """
+
+    def __init__(self, env: gym.Env, rng: np.random.Generator):
+        super().__init__(env)
+        self.rng = rng
+        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon has none
+        height, width = env.observation_space.shape
+        self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE), np.uint8)
+        self.rows, self.columns = area_weights(height, FRAME_SIZE), area_weights(width, FRAME_SIZE)
+
+    def shrink(self, screen: np.ndarray) -> np.ndarray:
+        rows = sum(weight[:, None] * screen[index] for index, weight in self.rows)
+        return np.rint(sum(weight * rows[:, index] for index, weight in self.columns)).astype(np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        screen, info = self.env.reset(seed=seed, options=options)
+        self.start = self.unwrapped.clone_state(include_rng=True)
+        self.noops, self.actions = int(self.rng.integers(self.noop_max + 1)), []
+        return self.play_noops(screen, info)
+
+    def play_noops(self, screen: np.ndarray, info: dict) -> tuple[np.ndarray, dict]:
+        for _ in range(self.noops):
+            screen, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                screen, info = self.env.reset()
+        self.lives = info["lives"]
+        return self.shrink(screen), info
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.actions.append(action)
+        total_reward, screen = 0.0, None
+        for _ in range(ACTION_REPEAT):
+            previous = screen
+            screen, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += reward
+            if terminated or truncated:
+                break
+        info["life_lost"] = info["lives"] < self.lives
+        self.lives = info["lives"]
+        screen = screen if previous is None else np.maximum(previous, screen)
+        return self.shrink(screen), total_reward, terminated, truncated, info
+
+    def state_dict(self) -> dict:
+        """The emulator's state at the start of this game, and what was played since. Its state now would not do: ALE
+        leaves out the action that sticky actions repeat, and in two games (Qbert, Tetris) a part of the screen."""
+        return {"start": self.start.__getstate__(), "noops": self.noops, "actions": self.actions}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Plays the game again from its start: some seconds at most, for a game of half an hour."""
+        screen, info = self.env.reset()
+        self.start, self.noops, self.actions = ale_py.ALEState(state["start"]), state["noops"], []
+        self.unwrapped.restore_state(self.start)
+        self.play_noops(screen, info)
+        for action in state["actions"]:
+            self.step(action)
+
+
+def make_atari(args: Args, rng: np.random.Generator, video_dir: Path | None = None, **limits: int) -> gym.Env:
+    """The game; with a `video_dir`, every episode is recorded there."""
+    options = {"frameskip": 1, "obs_type": "grayscale", "repeat_action_probability": args.sticky_actions, **limits}
+    env = gym.make(args.env_id, render_mode="rgb_array" if video_dir else None, **options)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, fps=60, disable_logger=True)
+    return AtariPreprocessing(env, rng)
+
+
+class NoisyLinear(nn.Module):
+    """A linear layer whose weights and biases are mu + sigma * noise (Fortunato et al. 2018, section 3), drawn at every
+    call: f(e_i) f(e_j) for the weight from input j to output i and f(e_i) for the bias, f(e) = sign(e) sqrt(|e|) of
+    normal e."""
+
+    def __init__(self, n_inputs: int, n_outputs: int, sigma: float):
+        super().__init__()
+        self.mu, self.sigma = nn.Linear(n_inputs, n_outputs), nn.Linear(n_inputs, n_outputs)  # mu: uniform, as theirs
+        for parameter in self.sigma.parameters():
+            nn.init.constant_(parameter, sigma / math.sqrt(n_inputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(sum(self.mu.weight.shape), device=x.device)
+        noise_out, noise_in = (noise.sign() * noise.abs().sqrt()).split(self.mu.weight.shape)
+        weight = torch.addcmul(self.mu.weight, self.sigma.weight, torch.outer(noise_out, noise_in))
+        return F.linear(x, weight, torch.addcmul(self.mu.bias, self.sigma.bias, noise_out))
+
+
+class RainbowNetwork(nn.Module):
+    """Observations, uint8 (batch, 4, 84, 84), to the logits of the return's distribution for every action, float32
+    (batch, n_actions, 51); with `--no-distributional`, to its mean, (batch, n_actions, 1)."""
+
+    def __init__(self, n_actions: int, args: Args):
+        super().__init__()
+        self.outputs = n_actions, ATOMS if args.distributional else 1
+        if args.small_network:
+            layers = [nn.Conv2d(STACK, 32, kernel_size=5, stride=5), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(32, 64, kernel_size=5, stride=5), nn.ReLU(inplace=True)]
+            n_features, hidden = 64 * 3 * 3, 256
+        else:
+            layers = [nn.Conv2d(STACK, 32, kernel_size=8, stride=4), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(32, 64, kernel_size=4, stride=2), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(64, 64, kernel_size=3, stride=1), nn.ReLU(inplace=True)]
+            n_features, hidden = 64 * 7 * 7, 512
+        linear = functools.partial(NoisyLinear, sigma=args.noisy_sigma) if args.noisy_nets else nn.Linear
+
+        def stream(size: int) -> nn.Sequential:
+            return nn.Sequential(linear(n_features, hidden), nn.ReLU(inplace=True), linear(hidden, size))
+
+        self.convolutions = nn.Sequential(*layers, nn.Flatten())
+        self.advantage = stream(math.prod(self.outputs))
+        self.value = stream(self.outputs[1]) if args.dueling else None
+        self.register_buffer("support", torch.linspace(-V_MAX, V_MAX, ATOMS), persistent=False)
+        self.to(memory_format=torch.channels_last)  # a tenth more steps per second on a CPU
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        features = self.convolutions(obs / 255)
+        outputs = self.advantage(features).view(-1, *self.outputs)
+        if self.value is not None:  # for each atom, before the softmax
+            outputs = outputs - outputs.mean(dim=1, keepdim=True) + self.value(features)[:, None]
+        return outputs
+
+    def q_values(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Expected returns (batch, n_actions) of what `forward` gives."""
+        return outputs.squeeze(2) if self.outputs[1] == 1 else outputs.softmax(dim=2) @ self.support
+
+    @torch.inference_mode()
+    def act(self, obs: torch.Tensor) -> int:
+        """argmax_a Q(obs, a) under fresh noise for one observation, uint8 (1, 4, 84, 84) on the network's device."""
+        return int(self.q_values(self(obs)).argmax())
+
+
+class FrameMemory:
+    """The last `capacity` screens in a ring, each stored once; observations are stacked again when they are sampled.
+
+    An episode of T steps takes T + 1 places, for its last screen is the next observation of its last transition. Beside
+    each screen stand the action taken there, its reward, whether it ended in a terminal state, whether there was an
+    action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
+
+    `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files: what could be drawn at a checkpoint
+    stays there for as many more screens as slots exceed the capacity, so the checkpoint only counts.
+    """
+
+    STEP: ClassVar = [("action", "u1"), ("reward", "f4"), ("terminated", "?"), ("acted", "?"), ("age", "u1")]
+
+    def __init__(
+        self, capacity: int, screens: np.ndarray, steps: np.ndarray, rng: np.random.Generator, device: torch.device
+    ):
+        self.capacity, self.slots, self.screens, self.steps = capacity, len(screens), screens, steps
+        self.rng, self.device = rng, device
+        self.count = 0  # screens ever stored; the newest lies at (count - 1) % slots
+
+    def append(self, action: int, reward: float, terminated: bool, next_screen: np.ndarray) -> None:
+        """Stores the action taken at the newest screen, what it brought, and the screen after it, uint8 (84, 84)."""
+        newest = (self.count - 1) % self.slots
+        age = int(self.steps["age"][newest])
+        self.steps[newest] = action, reward, terminated, True, age
+        self.push(next_screen, age=min(age + 1, STACK - 1))
+
+    def push(self, screen: np.ndarray, age: int = 0) -> None:
+        """Stores a screen, uint8 (84, 84): without an age, the first of an episode."""
+        self.screens[self.count % self.slots] = screen
+        self.steps[self.count % self.slots] = 0, 0.0, False, False, age
+        self.count += 1
+
+    def _stack(self, position: np.ndarray, first: int, last: int) -> torch.Tensor:
+        """Screens from `first` to `last` (included) relative to `position`, those before the episode's start black."""
+        offset = np.arange(first, last + 1)
+        screens = np.take(self.screens, (position[:, None] + offset) % self.slots, axis=0)
+        before_start = -offset > self.steps["age"][position % self.slots, None]
+        if before_start.any():
+            screens[before_start] = 0
+        return torch.from_numpy(screens).to(self.device)
+
+    def newest_obs(self) -> torch.Tensor:
+        """The observation that the newest screen completes: uint8 (1, 4, 84, 84)."""
+        return self._stack(np.array([self.count - 1]), 1 - STACK, 0)
+
+    @property
+    def oldest(self) -> int:
+        """The first screen whose observation is still whole."""
+        return self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Places of transitions, drawn uniformly with replacement: int64 (batch,)."""
+        position = self.rng.integers(self.oldest, self.count - 1, batch_size)
+        while not (drawable := self.steps["acted"][position % self.slots]).all():
+            position[~drawable] = self.rng.integers(self.oldest, self.count - 1, (~drawable).sum())
+        return position
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """Transitions drawn uniformly with replacement.
+
+        obs uint8 (batch, 4, 84, 84), action int64 (batch,), reward float32 (batch,), next_obs like obs, terminated
+        float32 (batch,), 1 where the target must not bootstrap.
+        """
+        position = self.draw(batch_size)
+        steps, screens = self.steps[position % self.slots], self._stack(position, 1 - STACK, 1)
+        dtypes = {"action": np.int64, "reward": np.float32, "terminated": np.float32}
+        action, reward, terminated = (torch.from_numpy(steps[n].astype(t)).to(self.device) for n, t in dtypes.items())
+        return screens[:, :-1], action, reward, screens[:, 1:], terminated
+
+    def state_dict(self) -> dict:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+
+
+class SumTree:
+    """Priorities, float64 (size,), that can be drawn in proportion: every node is the sum of 128 below it.
+
+    So a million take three steps from the root to a leaf, each of all draws at once. Sums are taken anew from the nodes
+    below, never adjusted, so that they do not drift.
+    """
+
+    FAN_OUT: ClassVar = 128
+
+    def __init__(self, size: int):
+        self.levels = []  # from the leaves to the children of the root
+        while size > 1:
+            size = -(-size // self.FAN_OUT)
+            self.levels.append(np.zeros((size, self.FAN_OUT)))
+
+    def set(self, leaf: np.ndarray, priority: np.ndarray | float) -> None:
+        """Changes the priorities of leaves, int64 (n,)."""
+        self.levels[0].flat[leaf] = priority
+        for below, above in itertools.pairwise(self.levels):
+            leaf = leaf // self.FAN_OUT
+            above.flat[leaf] = below[leaf].sum(axis=1)
+
+    def find(self, fraction: np.ndarray) -> np.ndarray:
+        """The leaves, int64 (n,), at fractions of the whole sum, float64 (n,) in [0, 1); none has priority zero."""
+        node, rest = np.zeros(len(fraction), np.int64), fraction * self.levels[-1].sum()
+        for level in reversed(self.levels):
+            reached = level[node].cumsum(axis=1)
+            rest = np.minimum(rest, np.nextafter(reached[:, -1], 0))  # for the two sums are rounded in their own ways
+            child = (reached <= rest[:, None]).sum(axis=1)
+            rest -= np.where(child > 0, reached[np.arange(len(node)), child - 1], 0)
+            node = node * self.FAN_OUT + child
+        return node
+
+
+class RainbowMemory(FrameMemory):
+    """DQN's memory, read n steps ahead and, if `prioritised`, drawn by priority (Schaul et al. 2016, section 3.3)."""
+
+    def __init__(self, *ring: object, n_step: int, gamma: float, prioritised: bool):
+        super().__init__(*ring)
+        self.n_step, self.gamma = n_step, gamma
+        self.tree = SumTree(self.slots) if prioritised else None
+        self.largest = 1.0  # of all priorities so far: that of a new transition
+
+    def append(self, action: int, reward: float, terminated: bool, next_screen: np.ndarray) -> None:
+        super().append(action, reward, terminated, next_screen)
+        if self.tree:
+            self.tree.set(np.array([(self.count - 2) % self.slots]), self.largest)
+
+    def push(self, screen: np.ndarray, age: int = 0) -> None:
+        super().push(screen, age)
+        if self.tree:  # what has just become too old
+            self.tree.set(np.arange(self.oldest - STACK, self.oldest) % self.slots, 0.0)
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Places of transitions, int64 (batch,): one from each of `batch_size` equal parts of the priorities' sum."""
+        if not self.tree:
+            return super().draw(batch_size)
+        return self.tree.find((np.arange(batch_size) + self.rng.random(batch_size)) / batch_size)
+
+    def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, tuple[torch.Tensor, ...]]:
+        """Places of transitions, int64 (batch,), and what begins there:
+
+        obs uint8 (batch, 4, 84, 84), action int64 (batch,), reward float32 (batch,), of up to n steps, discount float32
+        (batch,), of what follows them, 0 at a terminal state, next_obs like obs, after them, and weight float32
+        (batch,), P(j)^-beta divided by the batch's largest.
+        """
+        position = self.draw(batch_size)
+        ahead = self.steps[(position[:, None] + np.arange(self.n_step)) % self.slots]
+        inside = ahead["acted"].copy()  # a window ends at an episode's last screen, or after a terminal step
+        inside[:, 1:] &= np.logical_and.accumulate(ahead["acted"] & ~ahead["terminated"], axis=1)[:, :-1]
+        length = inside.sum(axis=1)
+        reward = (inside * ahead["reward"] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
+        discount = self.gamma**length * ~(inside & ahead["terminated"]).any(axis=1)
+        priority = self.tree.levels[0].flat[position] if self.tree else np.ones(batch_size)
+        weight = (priority / priority.min()) ** -beta
+        action = torch.from_numpy(ahead["action"][:, 0].astype(np.int64)).to(self.device)
+        floats = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in (reward, discount, weight))
+        reward, discount, weight = floats
+        obs, next_obs = (self._stack(place, 1 - STACK, 0) for place in (position, position + length))
+        return position, (obs, action, reward, discount, next_obs, weight)
+
+    def update(self, position: np.ndarray, loss: torch.Tensor) -> None:
+        """New priorities from losses, (batch,), of the transitions at these places."""
+        if self.tree:
+            priority = (loss.cpu().numpy().astype(np.float64) + 1e-6) ** PRIORITY_EXPONENT
+            self.tree.set(position, priority)
+            self.largest = max(self.largest, priority.max().item())
+
+    def state_dict(self) -> dict:
+        levels = [torch.from_numpy(level) for level in self.tree.levels] if self.tree else []
+        return super().state_dict() | {"levels": levels, "largest": self.largest}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.largest = state["largest"]
+        for level, saved in zip(self.tree.levels if self.tree else [], state["levels"], strict=True):
+            level[:] = saved.numpy()
+
+
+def project(atoms: torch.Tensor, probability: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    """Shares the probability of every atom among its two neighbours on the support (Bellemare et al. 2017, section 4).
+
+    atoms, of any value, clamped to the support's range, and probability: (batch, n); support: (n,), evenly spaced.
+    Returns probabilities of the support, (batch, n).
+    """
+    atoms, spacing = atoms.clamp(support[0], support[-1]), support[1] - support[0]
+    distance = (atoms[:, None, :] - support[None, :, None]).abs() / spacing  # (batch, to, from)
+    return torch.einsum("btf,bf->bt", (1 - distance).clamp(min=0), probability)
+
+
+@torch.no_grad()
+def targets(
+    reward: torch.Tensor,
+    discount: torch.Tensor,
+    next_obs: torch.Tensor,
+    target: RainbowNetwork,
+    chooser: RainbowNetwork,
+) -> torch.Tensor:
+    """Distribution of R + discount Z(s', a*), (batch, 51), or its mean, (batch, 1), Z of `target`, a* of `chooser`.
+
+    reward and discount: float32 (batch,).
+    """
+    outputs = target(next_obs)
+    q_values = target.q_values(outputs) if chooser is target else chooser.q_values(chooser(next_obs))
+    chosen = outputs[torch.arange(len(outputs)), q_values.argmax(dim=1)]
+    if chosen.shape[1] == 1:
+        return reward[:, None] + discount[:, None] * chosen
+    return project(reward[:, None] + discount[:, None] * target.support, chosen.softmax(dim=1), target.support)
+
+
+def losses(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits and target, both (batch, 51), or squared error of values, (batch, 1): float32 (batch,)"""
+    if outputs.shape[1] == 1:
+        return (outputs - target).squeeze(1) ** 2
+    return F.cross_entropy(outputs, target, reduction="none")
+
+
+def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
+    """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
+
+
+def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
+    """Trains as the listing above says; returns the network."""
+    rng, device = run.rng, run.device
+    env = make_atari(args, rng)
+    # 1: initialise replay memory D to capacity N
+    capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
+    spare = min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
+    slots = capacity + 2 * spare  # a step stores one screen or two
+    screens = run.map_file("screens", np.uint8, (slots, FRAME_SIZE, FRAME_SIZE))
+    ring = capacity, screens, run.map_file("steps", FrameMemory.STEP, (slots,)), rng, device
+    memory = RainbowMemory(*ring, n_step=args.n_step, gamma=args.gamma, prioritised=args.prioritised_replay)
+    # 2: initialise the network with random weights
+    q_network = RainbowNetwork(int(env.action_space.n), args).to(device)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.optimizer_eps, fused=True)
+    # 3: initialise target network with the weights of the network
+    target_network = copy.deepcopy(q_network).requires_grad_(False)
+
+    if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
+        memory.push(env.reset(seed=args.seed)[0])
+
+    for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
+        # 5: the action of the highest value under fresh noise; without noise, a random one with probability epsilon
+        decay = args.exploration_fraction * args.total_timesteps
+        epsilon = 0.0 if args.noisy_nets else linear_schedule(args.start_e, args.end_e, decay, step)
+        action = int(rng.integers(env.action_space.n)) if rng.random() < epsilon else q_network.act(memory.newest_obs())
+        # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
+        screen, reward, terminated, truncated, info = env.step(action)
+        memory.append(action, np.sign(reward), terminated or info["life_lost"], screen)
+        run.count_reward(reward, terminated or truncated)
+        run.log({"charts/epsilon": epsilon})
+        if terminated or truncated:
+            memory.push(env.reset()[0])
+
+        if step >= args.learning_starts and step % args.train_frequency == 0:
+            # 8, 9: sample by priority, with the rewards of n steps
+            beta = linear_schedule(WEIGHT_EXPONENT, 1.0, args.total_timesteps, step)
+            places, (obs, actions, rewards, discounts, next_obs, weights) = memory.sample(args.batch_size, beta)
+            # 9: the target: double Q-learning, shrunk, shifted and projected
+            chooser = q_network if args.double_q else target_network
+            target = targets(rewards, discounts, next_obs, target_network, chooser)
+            # 10: one gradient step, and new priorities
+            outputs = q_network(obs)
+            loss = losses(outputs[torch.arange(args.batch_size), actions], target)
+            optimizer.zero_grad()
+            (weights * loss).mean().backward()
+            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+            optimizer.step()
+            memory.update(places, loss.detach() if args.distributional else loss.detach().sqrt())
+            run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_network.q_values(outputs.detach()).mean()})
+
+        # 11: every C steps target network = network
+        if step % args.target_network_frequency == 0:
+            target_network.load_state_dict(q_network.state_dict())
+
+    env.close()
+    return {"q_network": q_network}
+
+
+def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
+    """Unclipped scores of games from random no-ops, with noise (without: epsilon 0.05); videos go to a new folder."""
+    if args.eval_episodes == 0:
+        return {}
+    rng, epsilon = np.random.default_rng(args.seed + EVAL_SEED), 0.0 if args.noisy_nets else EVAL_EPSILON
+    torch.manual_seed(args.seed + EVAL_SEED)
+    video_dir = folder / f"videos-{time.time():.6f}" if folder and args.capture_video else None
+    env = make_atari(args, rng, video_dir, max_num_frames_per_episode=EVAL_MAX_FRAMES)
+    q_network = RainbowNetwork(int(env.action_space.n), args).to(device)
+    q_network.load_state_dict(model["q_network"])
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        screen, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
+        obs, done = np.zeros((1, STACK, FRAME_SIZE, FRAME_SIZE), np.uint8), False
+        while not done:
+            obs = np.concatenate([obs[:, 1:], screen[None, None]], axis=1)
+            random = rng.random() < epsilon
+            action = rng.integers(env.action_space.n) if random else q_network.act(torch.from_numpy(obs).to(device))
+            screen, reward, terminated, truncated, _ = env.step(int(action))
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+
+
+def check(args: Args) -> str:
+    """Refuses what only this script can refuse; returns the name of what it trains on."""
+    if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
+        games = [name for name in gym.registry if name.startswith("ALE/")]
+        near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]
+        fail(f"--env-id {args.env_id}: no Atari game of this name; did you mean {', '.join(near)}?")
+    least = args.batch_size + STACK + 1
+    if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < least:
+        order = f"--batch-size <= --learning-starts <= --total-timesteps, and --buffer-size >= {least}"
+        fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")
+    return args.env_id
+
+
+# === The run: the same in every script ================================================================================
+
+SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
+
+
+def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstructorSpec:
+    """The bounds of a flag: `--help` shows the words, and the parser refuses what lies outside."""
+
+    def parse(given: list[str]) -> float:
+        if low <= kind(given[0]) <= high:
+            return kind(given[0])
+        raise ValueError(f"{given[0]} is not {words}")
+
+    return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
+
+
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program on a user's mistake: one line on standard error, exit status 2."""
+    print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
+    """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
+    now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    for name in now.keys() - free:
+        if now[name] != started.get(name):
+            why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
+    with open(f"{path}.tmp", "wb") as file:
+        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
+        file.write(as_json) if as_json else torch.save(content, file)
+        file.flush()
+        os.fsync(file)
+    os.replace(file.name, path)
+
+
+def load(path: Path, kind: str) -> dict:
+    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+    except Exception as error:  # a dozen types on damaged or foreign files
+        fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
+
+
+class Run:
+    """A training's folder, curves and checkpoints, its random generator and its device.
+
+    From its checkpoint a run ends with the weights and curves, to the bit, of one that was never interrupted.
+    """
+
+    def __init__(self, args: Args, subject: str):
+        self.args, self.subject, self.start, self.rng = args, subject, time.time(), np.random.default_rng(args.seed)
+        self.device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+        self.progress = {"step": 0, "episodes": {}, "returns": [], "first_update": None}
+        default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
+        name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
+        self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
+        self.evaluating = self.stopping = False
+        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+            fail(f"--run-name {name}: must be a plain and new name in {args.runs_dir}, or --resume an old one")
+        fcntl = importlib.import_module("fcntl")  # Windows has none
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        self.made = not self.dir.exists()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            fcntl.flock(os.open(self.dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other than this one is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                fail(f"--run-name {name}: another process is training in {self.dir}")
+        if (self.dir / "args.json").exists():
+            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        if (self.dir / "result.json").exists():
+            print(f"{self.dir} is finished: see its result.json")
+            raise SystemExit(0)
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
+
+    def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
+        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
+        except (OSError, OverflowError, ValueError) as error:
+            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
+
+    def restore(self, **parts: object) -> bool:
+        """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
+        self.parts, self.made, flags, state = parts, False, vars(self.args), self.checkpoint or {"events": {}}
+        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
+            os.truncate(path, state["events"].get(path.name, 0))
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.progress, self.start = state["progress"], self.start - state["seconds"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        else:
+            save(self.dir / "args.json", flags)
+        if self.wandb:
+            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
+            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
+        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        if not self.checkpoint:
+            self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.stop)
+        return self.checkpoint is not None
+
+    def stop(self, signum: int, _: object) -> None:
+        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
+        signal.signal(signum, signal.SIG_DFL)
+        self.stopping = True
+        if self.evaluating:
+            raise KeyboardInterrupt
+
+    def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
+        """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
+
+        The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
+        """
+        args, progress, self.size = self.args, self.progress, size
+        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
+        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+            while progress["step"] < total:
+                if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
+                    self.evaluate(model, None)
+                self.counted, progress["step"] = progress["step"], progress["step"] + size
+                yield progress["step"]
+                self.bar.update(size)
+                self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
+                last = self.stopping or progress["step"] >= total
+                if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
+                    self.save_checkpoint()
+                if self.stopping:
+                    raise KeyboardInterrupt
+
+    def due(self, frequency: int) -> bool:
+        """Whether this step is one of every so many."""
+        return frequency > 0 and self.progress["step"] % frequency < self.size
+
+    def count_reward(self, reward: float, done: bool, env: int = 0) -> None:
+        """Adds a step to the episode of an environment; where it is done, its return and length are logged."""
+        self.counted += 1
+        total, length = self.progress["episodes"].pop(env, (0.0, 0))
+        total, length = total + reward, length + 1
+        if not done:
+            self.progress["episodes"][env] = total, length
+            return
+        self.writer.add_scalar("charts/episodic_return", total, self.counted)
+        self.writer.add_scalar("charts/episodic_length", length, self.counted)
+        returns = self.progress["returns"] = [*self.progress["returns"], total][-100:]
+        self.bar.set_postfix_str(f"return {np.mean(returns):.6g}", refresh=False)
+
+    def log(self, scalars: dict[str, float | torch.Tensor]) -> None:
+        """Scalars of this step, every LOG_FREQUENCY steps; only then is a tensor read. They must be finite."""
+        step, progress = self.progress["step"], self.progress
+        if progress["first_update"] is None and any(tag.startswith("losses/") for tag in scalars):
+            progress["first_update"] = step, time.time() - self.start
+        for tag, value in scalars.items() if self.due(LOG_FREQUENCY) else ():
+            if not math.isfinite(value := float(torch.as_tensor(value).detach())):
+                fail(f"{tag} is {value:g} in step {step:,}; try a lower --learning-rate")
+            self.writer.add_scalar(tag, value, step)
+
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        self.writer.flush()
+        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+            with open(path) as file:
+                os.fsync(file)
+        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
+        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
+        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        save(self.dir / "checkpoint.pt", state)
+
+    def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
+        """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
+        self.evaluating = True
+        with torch.random.fork_rng(devices=[self.device] * (self.device.type == "cuda")):
+            states = {name: part.state_dict() for name, part in model.items()}
+            figures = evaluate(self.args, states, self.device, folder)
+        self.evaluating = False
+        for name, value in figures.items():
+            self.writer.add_scalar(f"eval/{name.removeprefix('eval_')}", value, self.progress["step"])
+        return figures
+
+    def finish(self, model: dict[str, object]) -> dict[str, float]:
+        """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
+        content = {"args": {name: value for name, value in vars(self.args).items() if name not in FREE}}
+        content |= {name: part.state_dict() for name, part in model.items()}
+        save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model"} | content)
+        progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
+        rate = (progress["step"] - step) / (time.time() - self.start - second)
+        figures = self.evaluate(model, self.dir)
+        self.writer.close()
+        modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
+        result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
+        result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
+        result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
+        result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
+        save(self.dir / "result.json", result)
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+        return figures
+
+
+def main() -> None:
+    args, run = tyro.cli(Args, description=__doc__), None
+    try:
+        if args.evaluate:
+            content = load(args.evaluate, "model")
+            if content["args"].keys() != vars(args).keys() - FREE:
+                fail(f"{args.evaluate} is of another version of {SCRIPT}.py")
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **content["args"]))
+            check_same_flags(args, content["args"], FREE | {"seed", "eval_episodes", "data"}, args.evaluate)
+            check(args)
+            device = torch.device(DEVICES[-1] if args.device == "auto" else args.device)
+            figures = evaluate(args, content, device, args.evaluate.parent)
+        else:
+            run = Run(args, check(args))
+            figures = run.finish(train(args, run))
+        words = [f"{name} {value:.6g}" for name, value in figures.items()]
+        print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
+    except KeyboardInterrupt:
+        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
+        words = sys.argv if args.resume else words
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+    finally:
+        if run and run.made:  # its training did not begin
+            for path in run.dir.glob("replay.*"):
+                path.unlink()
+            run.dir.rmdir()
+
+
+if __name__ == "__main__":
+    main()

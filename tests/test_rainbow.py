@@ -1,0 +1,347 @@
+"""Tests of rainbow_atari.py against independent oracles; each says what it compares with."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from common import SHORT, Catch, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rainbow_atari as rainbow
+
+CPU = torch.device("cpu")
+OFF = ["--no-double-q", "--no-prioritised-replay", "--no-dueling", "--no-distributional", "--no-noisy-nets"]
+
+
+def test_without_its_tricks_it_is_dqn(tmp_path: Path) -> None:
+    """The weights and the optimizer's moments after 500 steps are those of dqn_atari.py, to the bit."""
+    short = [*SHORT["dqn_atari"], "--train-frequency", "4"]
+    settings = ["--n-step", "1", "--learning-rate", "1e-4", "--optimizer-eps", "1e-8", "--max-grad-norm", "1e9"]
+    trained = []
+    for script, flags in (("dqn_atari", []), ("rainbow_atari", [*OFF, *settings])):
+        result = run(script, *short, *flags, "--run-name", script, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        parts = torch.load(tmp_path / "runs" / script / "checkpoint.pt", weights_only=True)["parts"]
+        weights = [*parts["q_network"].values(), *parts["target_network"].values()]
+        trained.append([*weights, *(x for s in parts["optimizer"]["state"].values() for x in s.values())])
+    assert len(trained[0]) == 50
+    assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
+
+
+# --- Replay memory ----------------------------------------------------------------------------------------------------
+
+
+def make_memory(capacity: int, spare: int, n_step: int, *, prioritised: bool, seed: int = 0) -> rainbow.RainbowMemory:
+    slots = capacity + spare
+    ring = np.zeros((slots, 84, 84), np.uint8), np.zeros(slots, rainbow.FrameMemory.STEP)
+    ring = capacity, *ring, np.random.default_rng(seed), CPU
+    return rainbow.RainbowMemory(*ring, n_step=n_step, gamma=0.9, prioritised=prioritised)
+
+
+def shade(number: int) -> np.ndarray:
+    return np.full((84, 84), number % 251 + 1, np.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    capacity=st.integers(8, 40),
+    spare=st.integers(2, 12),
+    lives=st.lists(st.tuples(st.integers(1, 15), st.sampled_from(["life", "over", "limit"])), min_size=2, max_size=12),
+    n_step=st.sampled_from([1, 2, 3, 7, 20]),
+    prioritised=st.booleans(),
+)
+def test_windows_equal_a_plain_loop(
+    capacity: int, spare: int, lives: list[tuple[int, str]], n_step: int, prioritised: bool
+) -> None:
+    """Every transition in the ring is drawn with the rewards that a loop over its life adds up, and none other.
+
+    A life ends in the middle of a game, with the game, or by a time limit; the last one goes on at the newest screen.
+    """
+    memory = make_memory(capacity, spare, n_step, prioritised=prioritised)
+    rows, games = [], [[]]  # place of the first screen, reward, terminated; the screens' places of each game
+    fresh = True
+    for length, end in lives:
+        if fresh:
+            memory.push(shade(memory.count))
+        for t in range(length):
+            last = t == length - 1
+            rows.append((memory.count - 1, len(games), float(len(rows) % 3 - 1), last and end != "limit"))
+            games[-1].append(memory.count - 1)
+            memory.append(len(rows) % 18, rows[-1][2], rows[-1][3], shade(memory.count))
+        fresh = end != "life"
+        if fresh:
+            games.append([])
+
+    def stack(place: int, game: int) -> bytes:
+        begin = games[game - 1][0]
+        dark = np.zeros((84, 84), np.uint8)
+        return np.array([shade(i) if i >= begin else dark for i in range(place - 3, place + 1)]).tobytes()
+
+    expected = set()
+    oldest = memory.count - capacity + 3 if memory.count > capacity else 0
+    for i, (place, game, _, _) in enumerate(rows):
+        if place < oldest:
+            continue
+        total, discount, after = 0.0, 1.0, place
+        for other, other_game, reward, terminated in rows[i : i + n_step]:
+            if other_game != game:
+                break
+            total, discount, after = total + discount * reward, discount * 0.9, other + 1
+            if terminated:
+                discount = 0.0
+                break
+        following = stack(after, game) if discount else None
+        expected.add((stack(place, game), (i + 1) % 18, round(total, 4), round(discount, 4), following))
+    drawn = set()
+    for _ in range(12):
+        _, batch = memory.sample(100, 0.4)
+        for obs, action, reward, discount, next_obs, weight in zip(*batch, strict=True):
+            following = next_obs.numpy().tobytes() if discount else None
+            row = int(action), round(float(reward), 4), round(float(discount), 4), following
+            drawn.add((obs.numpy().tobytes(), *row))
+            assert weight == 1
+    assert drawn == expected
+
+
+@pytest.mark.parametrize("size", [2, 5, 9, 200])
+def test_sum_tree_equals_a_plain_sum(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one to five levels, leaves at every fraction, against a search in the running sum of a list."""
+    monkeypatch.setattr(rainbow.SumTree, "FAN_OUT", 3)
+    rng, tree, priorities = np.random.default_rng(0), rainbow.SumTree(size), np.zeros(size)
+    for _ in range(50):
+        leaves = rng.integers(size, size=4)
+        values = rng.integers(4, size=4) * (leaves + 1.0)  # whole numbers, so that every order of a sum is exact
+        tree.set(leaves, values)
+        for leaf, value in zip(leaves, values, strict=True):
+            priorities[leaf] = value
+        if not priorities.any():
+            continue
+        assert all(level.sum() == priorities.sum() for level in tree.levels)
+        fractions = np.append(np.arange(priorities.sum()) / priorities.sum(), np.nextafter(1, 0))
+        found = tree.find(fractions + 1e-12 * (fractions < 0.999))
+        assert Counter(found[:-1].tolist()) == {i: p for i, p in enumerate(priorities) if p}
+        assert priorities[found[-1]] > 0
+
+
+def test_no_leaf_of_priority_zero_is_drawn() -> None:
+    """Where rounding differs most: great and tiny priorities beside empty leaves, at the very ends of all sums."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tree = rainbow.SumTree(1000)
+        leaves = rng.choice(1000, 30, replace=False)
+        tree.set(leaves, 10.0 ** rng.uniform(-12, 12, 30))
+        ends = tree.levels[0].ravel().cumsum() / tree.levels[0].sum()
+        around = np.concatenate([np.nextafter(ends, 0), ends, np.nextafter(ends, 1), [0.0, np.nextafter(1, 0)]])
+        assert np.isin(tree.find(around.clip(0, np.nextafter(1, 0))), leaves).all()
+
+
+def test_draws_and_weights_follow_priorities() -> None:
+    """Frequencies against p / sum p (chi-squared), weights against (N P)^-beta over its largest; p by hand."""
+    memory = make_memory(200, 10, 1, prioritised=True)
+    memory.push(shade(0))
+    for i in range(100):
+        memory.append(i % 18, float(i), False, shade(i + 1))
+    loss = torch.linspace(0, 4, 100)
+    memory.update(np.arange(100), loss)
+    probability = np.sqrt(loss.numpy() + 1e-6) / np.sqrt(loss.numpy() + 1e-6).sum()
+    drawn = np.concatenate([memory.sample(50, 1.0)[1][2].numpy().astype(int) for _ in range(1000)])
+    assert probability[0] * 50_000 < 1
+    expected, counts = 50_000 * probability[1:], np.bincount(drawn, minlength=100)[1:]
+    assert ((counts - expected) ** 2 / expected).sum() < 149  # 98 degrees: exceeded with a probability below 0.001
+    places, (*_, reward, _, _, weight) = memory.sample(50, 0.6)
+    assert (places == reward.numpy()).all()
+    by_hand = (100 * probability[places]) ** -0.6
+    np.testing.assert_allclose(weight, by_hand / by_hand.max(), rtol=1e-5)
+    memory.append(0, 0.0, False, shade(101))
+    assert memory.tree.levels[0].flat[100] == pytest.approx(2.0, rel=1e-6)  # the largest so far, 4^0.5
+    memory.update(np.arange(101), torch.zeros(101))
+    memory.append(0, 0.0, False, shade(102))
+    assert memory.tree.levels[0].flat[101] == pytest.approx(2.0, rel=1e-6)  # also when it is there no more
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+
+
+def test_noisy_layer_is_the_papers() -> None:
+    """Against a matrix of noise made by loops from the same normal draws; other noise at every call."""
+    torch.manual_seed(1)
+    layer, x = rainbow.NoisyLinear(5, 3, sigma=0.4), torch.randn(2, 5)
+    assert (layer.sigma.weight == 0.4 / math.sqrt(5)).all()
+    assert (layer.sigma.bias == 0.4 / math.sqrt(5)).all()
+    assert all(parameter.abs().max() <= 1 / math.sqrt(5) for parameter in layer.mu.parameters())
+    torch.manual_seed(2)
+    given_out, again = layer(x), layer(x)
+    torch.manual_seed(2)
+    f = [math.copysign(math.sqrt(abs(e)), e) for e in torch.randn(8).tolist()]
+    weight, bias = layer.mu.weight.clone(), layer.mu.bias.clone()
+    for i in range(3):
+        bias[i] += layer.sigma.bias[i] * f[i]
+        for j in range(5):
+            weight[i, j] += layer.sigma.weight[i, j] * f[i] * f[3 + j]
+    torch.testing.assert_close(given_out, x @ weight.T + bias)
+    assert not torch.equal(given_out, again)
+    given_out.sum().backward()
+    expected = torch.tensor([[f[i] * f[3 + j] * x[:, j].sum() for j in range(5)] for i in range(3)])
+    torch.testing.assert_close(layer.sigma.weight.grad, expected)
+
+
+def test_dueling_streams_and_the_mean_of_a_distribution() -> None:
+    """Value plus advantage less its mean over actions, for each atom before the softmax; Q by a loop over the atoms."""
+    network = rainbow.RainbowNetwork(4, rainbow.Args(noisy_nets=False))
+    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        outputs, features = network(obs), network.convolutions(obs / 255)
+        advantage = network.advantage(features).view(2, 4, 51)
+        for action in range(4):
+            mean = sum(advantage[:, other] for other in range(4)) / 4
+            expected = network.value(features) + advantage[:, action] - mean
+            torch.testing.assert_close(outputs[:, action], expected)
+        probability = outputs.softmax(2)
+        expected = sum(probability[:, :, i] * (-10 + 0.4 * i) for i in range(51))
+        torch.testing.assert_close(network.q_values(outputs), expected, rtol=0, atol=1e-5)
+        assert network.act(obs[:1]) == expected[0].argmax()
+
+
+def test_sizes_are_the_papers() -> None:
+    """Hessel et al.: DQN's convolutions and two streams of 512; van Hasselt et al. 2019: two convolutions and 256."""
+
+    def shapes(**flags: bool) -> list[tuple]:
+        network = rainbow.RainbowNetwork(6, rainbow.Args(**flags))
+        return [tuple(p.shape) for name, p in network.named_parameters() if p.dim() > 1 and "sigma" not in name]
+
+    convolutions = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]
+    assert shapes() == [*convolutions, (512, 3136), (306, 512), (512, 3136), (51, 512)]
+    small = [(32, 4, 5, 5), (64, 32, 5, 5), (256, 576), (306, 256), (256, 576), (51, 256)]
+    assert shapes(small_network=True) == small
+
+
+# --- The update -------------------------------------------------------------------------------------------------------
+
+
+def test_projection_equals_the_papers_loop() -> None:
+    """Algorithm 1 of Bellemare et al. 2017 in float64, with the case that it forgets: an atom that hits one exactly."""
+    support = torch.linspace(-10, 10, 51)
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.randn(40, 51, generator=generator) * 8
+    atoms[0] = support  # all stay
+    atoms[1], atoms[2], atoms[3] = 10.0, -10.0, 99.0
+    atoms[4] = support[torch.arange(51).flip(0)]
+    probability = torch.randn(40, 51, generator=generator).softmax(1)
+    expected = torch.zeros(40, 51, dtype=torch.float64)
+    for row in range(40):
+        for j in range(51):
+            b = (min(10.0, max(-10.0, atoms[row, j].item())) + 10) / 0.4
+            low, high = math.floor(b), math.ceil(b)
+            if low == high:
+                expected[row, low] += probability[row, j]
+            else:
+                expected[row, low] += probability[row, j] * (high - b)
+                expected[row, high] += probability[row, j] * (b - low)
+    projected = rainbow.project(atoms, probability, support)
+    torch.testing.assert_close(projected, expected.float(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(projected.sum(1), torch.ones(40))
+    torch.testing.assert_close(projected[0], probability[0], rtol=0, atol=2e-6)
+
+
+class Table(rainbow.RainbowNetwork):
+    """A network whose outputs are written down."""
+
+    def __init__(self, outputs: torch.Tensor):
+        super().__init__(2, rainbow.Args(distributional=outputs.shape[2] > 1, noisy_nets=False, small_network=True))
+        self.given = outputs
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.given
+
+
+@pytest.mark.parametrize("double_q", [True, False])
+def test_targets_by_hand(double_q: bool) -> None:
+    """The network prefers action 1, the target network action 0: double Q-learning takes its value of action 1."""
+    reward, discount = torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.0])
+    network, target = (Table(torch.tensor([[values], [values]]).view(2, 2, 1)) for values in ([3.0, 4.0], [8.0, 2.0]))
+    given_out = rainbow.targets(reward, discount, torch.zeros(2), target, network if double_q else target)
+    assert given_out.tolist() == [[2.0 if double_q else 5.0], [1.0]]
+
+    def certain(*returns: float) -> torch.Tensor:
+        """Logits of (nearly) certain returns, for two observations."""
+        logits = torch.full((2, 2, 51), -50.0)
+        for action, value in enumerate(returns):
+            logits[:, action, round((value + 10) / 0.4)] = 50.0
+        return logits
+
+    network, target = Table(certain(2.0, 4.0)), Table(certain(8.0, 2.0))
+    given_out = rainbow.targets(reward, discount, torch.zeros(2), target, network if double_q else target)
+    expected = torch.zeros(2, 51)
+    expected[0, round((12.0 if double_q else 15.0) / 0.4)] = 1.0  # 1 + 0.5 * 2, or 1 + 0.5 * 8, on from -10
+    expected[1, 27], expected[1, 28] = 0.5, 0.5  # 1 lies half way between 0.8 and 1.2
+    torch.testing.assert_close(given_out[1], expected[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(given_out[0] @ network.support, torch.tensor(2.0 if double_q else 5.0))
+
+
+def test_losses_by_hand() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 200.0]])  # probabilities 1/4 and 3/4; nearly 0 and 1
+    loss = rainbow.losses(logits, torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    assert loss.tolist() == pytest.approx([-0.5 * math.log(0.25) - 0.5 * math.log(0.75), 200.0])
+    assert rainbow.losses(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [1.0]])).tolist() == [4.0, 0.0]
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Puts an environment in the place of Atari's, in training and evaluation."""
+
+    def put(env: type[gym.Env]) -> None:
+        monkeypatch.setattr(rainbow, "make_atari", lambda args, rng, video_dir=None, **limits: env(rng))
+
+    return put
+
+
+def make_run(tmp_path: Path, **flags: object) -> rainbow.Run:
+    args = rainbow.Args(runs_dir=tmp_path, run_name="it", device="cpu", small_network=True, **flags)
+    return rainbow.Run(args, rainbow.check(args))
+
+
+def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """beta at every update, against its line; weighted mean and clipped norm of the gradient, against Adam's input;
+    three draws of noise in an update and one in an action, for each of four layers."""
+    play(Catch)
+    betas, draws, norms = [], [0], []
+    sample, randn, step = rainbow.RainbowMemory.sample, torch.randn, torch.optim.Adam.step
+
+    def count(*size: int, **options: object) -> torch.Tensor:
+        draws[0] += 1
+        return randn(*size, **options)
+
+    def watch(optimizer: torch.optim.Adam) -> None:
+        norms.append(sum((p.grad**2).sum().item() for p in optimizer.param_groups[0]["params"]) ** 0.5)
+        step(optimizer)
+
+    monkeypatch.setattr(rainbow.RainbowMemory, "sample", lambda m, n, beta: betas.append(beta) or sample(m, n, beta))
+    monkeypatch.setattr(torch, "randn", count)
+    monkeypatch.setattr(torch.optim.Adam, "step", watch)
+    flags = {"total_timesteps": 60, "learning_starts": 40, "batch_size": 8, "train_frequency": 5, "max_grad_norm": 0.1}
+    run = make_run(tmp_path, **flags)
+    rainbow.train(run.args, run)
+    run.writer.close()
+    assert betas == pytest.approx([0.4 + 0.6 * at / 60 for at in (40, 45, 50, 55, 60)])
+    assert draws[0] == 4 * (60 + 3 * 5)
+    assert norms == pytest.approx([0.1] * 5, rel=1e-3)
+
+
+@pytest.mark.parametrize("off", ["none", "noisy_nets", "distributional"])
+def test_it_learns_to_catch(off: str, tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own loop, network, replay and update reach a near-perfect score from screens."""
+    play(Catch)
+    monkeypatch.setattr(rainbow, "EVAL_EPSILON", 0.0)
+    flags = {"total_timesteps": 1_500, "learning_starts": 100, "gamma": 0.9, "exploration_fraction": 0.5}
+    flags |= {"batch_size": 16, "learning_rate": 1e-3, "target_network_frequency": 100, "noisy_sigma": 0.1}
+    flags |= {} if off == "none" else {off: False}
+    run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=100)
+    assert run.finish(rainbow.train(run.args, run))["eval_return_mean"] > 0.9
