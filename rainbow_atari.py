@@ -483,7 +483,8 @@ class RainbowMemory(FrameMemory):
     def update(self, position: np.ndarray, loss: torch.Tensor) -> None:
         """New priorities from losses, (batch,), of the transitions at these places."""
         if self.tree:
-            priority = (loss.cpu().numpy().astype(np.float64) + 1e-6) ** PRIORITY_EXPONENT
+            loss = np.fmin(loss.cpu().numpy().astype(np.float64), 100)  # as DQN Zoo does; nan too, which `log` tells of
+            priority = (loss + 1e-6) ** PRIORITY_EXPONENT
             self.tree.set(position, priority)
             self.largest = max(self.largest, priority.max().item())
 

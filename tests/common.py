@@ -22,7 +22,7 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
         *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-episodes", "1"),
     ],
     "rainbow_atari": [
-        *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "500", "--small-network"),
+        *("--env-id", "ALE/Asterix-v5", "--sticky-actions", "0.25", "--total-timesteps", "500", "--small-network"),
         *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
         *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-frequency", "200"),
         *("--eval-episodes", "1"),
