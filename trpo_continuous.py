@@ -24,7 +24,8 @@ Differs from the paper:
 - As in RL Zoo's settings of sb3-contrib: observations are normalised by their mean and variance so far and rewards
   divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
   normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before, so that a
-  state has one value; the next rollout acts with newer ones. All other defaults are sb3-contrib's.
+  state has one value; the next rollout acts with newer ones.
+- Rollouts of 1,024 steps and 20 epochs for V are Tianshou's; all other defaults are sb3-contrib's.
 - The policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
   asked about the unclipped one. Theirs are only clipped.
@@ -95,7 +96,7 @@ class Args:
     """steps to train for, of all environments together; the last ones that fill no rollout are left out"""
     num_envs: Count = 1
     """N: environments"""
-    num_steps: Count = 2048
+    num_steps: Count = 1024
     """T: steps of each environment in a rollout"""
     gamma: Fraction = 0.99
     """discount factor"""
@@ -113,9 +114,9 @@ class Args:
     """alpha: factor between the steps of two trials"""
     learning_rate: Positive = 1e-3
     """learning rate of Adam for V_phi"""
-    num_minibatches: Count = 16
+    num_minibatches: Count = 8
     """minibatches in an epoch of the fit of V_phi"""
-    update_epochs: Count = 10
+    update_epochs: Count = 20
     """epochs of the fit of V_phi over a rollout"""
 
     # The run

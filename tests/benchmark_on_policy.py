@@ -62,7 +62,7 @@ def make_peer(library: str, script: str, device: str):
     if script == "trpo_continuous":
         from sb3_contrib import TRPO
 
-        return TRPO("MlpPolicy", ENV_ID, **options)  # its defaults are ours
+        return TRPO("MlpPolicy", ENV_ID, n_steps=1024, n_critic_updates=20, **options)  # as ours; the rest by default
     if library == "sbx":
         os.sched_setaffinity(
             0, sorted(os.sched_getaffinity(0))[: int(os.environ["OMP_NUM_THREADS"])]
