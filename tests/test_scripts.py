@@ -150,7 +150,7 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
 
 STATEFUL = [
     ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 7 --total-timesteps 300"),
-    ("rainbow_atari", "--no-prioritised-replay --no-noisy-nets --no-distributional --n-step 1"),
+    ("rainbow_atari", "--no-prioritised-replay --no-noisy-nets --n-step 1 --total-timesteps 300"),
     ("ddpg_continuous", "--checkpoint-frequency 0 --eval-frequency 300"),
     ("q_learning", "--features tiles --learning-rate 0.3"),
     ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30"),
