@@ -160,6 +160,7 @@ def test_draws_and_weights_follow_priorities() -> None:
     memory.append(0, 0.0, False, shade(101))
     assert memory.tree.levels[0].flat[100] == pytest.approx(2.0, rel=1e-6)  # the largest so far, 4^0.5
     memory.update(np.arange(101), torch.zeros(101))
+    assert memory.tree.levels[0].flat[:101] == pytest.approx(1e-3)  # (0 + 1e-6)^0.5
     memory.append(0, 0.0, False, shade(102))
     assert memory.tree.levels[0].flat[101] == pytest.approx(2.0, rel=1e-6)  # also when it is there no more
 
@@ -333,6 +334,57 @@ def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.Mo
     assert betas == pytest.approx([0.4 + 0.6 * at / 60 for at in (40, 45, 50, 55, 60)])
     assert draws[0] == 4 * (60 + 3 * 5)
     assert norms == pytest.approx([0.1] * 5, rel=1e-3)
+
+
+@pytest.mark.parametrize("distributional", [True, False])
+def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and new priorities of three updates, against the weighted mean written out, with weights of our own."""
+    play(Catch)
+    sample, targets = rainbow.RainbowMemory.sample, rainbow.targets
+    step, update = torch.optim.Adam.step, rainbow.RainbowMemory.update
+    now, seen = {}, []
+
+    def watch_sample(memory: rainbow.RainbowMemory, size: int, beta: float) -> tuple:
+        places, (*batch, _) = sample(memory, size, beta)
+        now["obs"], now["action"] = batch[:2]
+        return places, (*batch, torch.arange(1, size + 1) / size)
+
+    def watch_targets(*given_in: object) -> torch.Tensor:
+        now["network"], now["target"] = given_in[-1], targets(*given_in)
+        return now["target"]
+
+    def watch_step(optimizer: torch.optim.Adam) -> None:
+        outputs = now["network"](now["obs"])
+        rows = [outputs[i, action] for i, action in enumerate(now["action"])]
+        if distributional:
+            losses = [-(t * (row - row.logsumexp(0))).sum() for row, t in zip(rows, now["target"], strict=True)]
+            now["priority"] = [(loss.item() + 1e-6) ** 0.5 for loss in losses]
+        else:
+            losses = [(row - t).sum() ** 2 for row, t in zip(rows, now["target"], strict=True)]
+            now["priority"] = [
+                (abs((row - t).item()) + 1e-6) ** 0.5 for row, t in zip(rows, now["target"], strict=True)
+            ]
+        mean = sum((i + 1) / 8 * loss for i, loss in enumerate(losses)) / 8
+        weights = list(now["network"].parameters())
+        for weight, gradient in zip(weights, torch.autograd.grad(mean, weights), strict=True):
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
+        step(optimizer)
+
+    def watch_update(memory: rainbow.RainbowMemory, places: np.ndarray, loss: torch.Tensor) -> None:
+        update(memory, places, loss)
+        expected = dict(zip(places.tolist(), now["priority"], strict=True))
+        assert memory.tree.levels[0].flat[list(expected)] == pytest.approx(list(expected.values()), rel=1e-3)
+        seen.append(places)
+
+    monkeypatch.setattr(rainbow.RainbowMemory, "sample", watch_sample)
+    monkeypatch.setattr(rainbow, "targets", watch_targets)
+    monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
+    monkeypatch.setattr(rainbow.RainbowMemory, "update", watch_update)
+    flags = {"total_timesteps": 48, "learning_starts": 40, "batch_size": 8, "noisy_nets": False, "max_grad_norm": 1e9}
+    run = make_run(tmp_path, **flags, distributional=distributional)
+    rainbow.train(run.args, run)
+    run.writer.close()
+    assert len(seen) == 3
 
 
 def test_it_learns_to_catch(tmp_path: Path, play: object) -> None:
