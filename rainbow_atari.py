@@ -1,6 +1,6 @@
 """Rainbow on Atari in one file, after Hessel et al. 2018, "Rainbow: combining improvements in deep RL".
 
-    python rainbow_atari.py --env-id ALE/Breakout-v5 --seed 2                 # train; curves and weights in runs/
+    python rainbow_atari.py --env-id ALE/Breakout-v5 --run-name b             # train; curves and weights in runs/b
     python rainbow_atari.py --env-id ALE/Pong-v5 --no-noisy-nets --n-step 1   # without two of the six tricks
     python rainbow_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
 
@@ -27,7 +27,8 @@ weights, to the bit. The numbers stand again in `train`, where each line happens
 
 Differs from the paper:
 - All steps are agent steps of four emulator frames.
-- The gradient's norm is clipped to 10, as in DeepMind's published code (DQN Zoo).
+- As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and a transition's priority comes from
+  the cross-entropy; the paper's, from the KL divergence, which is less by the entropy of the target.
 - The last n - 1 transitions before an end are kept, with what is left of their n steps, and so are those before a
   time limit, which is no terminal state: its target bootstraps.
 - beta grows from the first step on; a priority never falls to zero, for 1e-6 is added to the loss.
@@ -631,7 +632,7 @@ def check(args: Args) -> str:
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]
         fail(f"--env-id {args.env_id}: no Atari game of this name; did you mean {', '.join(near)}?")
-    least = args.batch_size + STACK + 1
+    least = max(args.batch_size, args.n_step) + STACK + 1
     if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < least:
         order = f"--batch-size <= --learning-starts <= --total-timesteps, and --buffer-size >= {least}"
         fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from common import SHORT, Catch, run
+from common import SHORT, Catch, message_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,13 @@ def test_without_its_tricks_it_is_dqn(tmp_path: Path) -> None:
         trained.append([*weights, *(x for s in parts["optimizer"]["state"].values() for x in s.values())])
     assert len(trained[0]) == 50
     assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
+
+
+def test_a_window_longer_than_the_memory_is_refused(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--n-step", "1000000000000", "--total-timesteps", "30000"]
+    assert "--buffer-size >= 1000000000005" in message_of(rainbow, flags, capsys, monkeypatch)
 
 
 # --- Replay memory ----------------------------------------------------------------------------------------------------
