@@ -592,7 +592,7 @@ def picture_of_sum(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tenso
 
 
 def picture_of_maps(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Figure:
-    """A map of the prediction with the data on it, and maps of the first 16 units of each hidden layer."""
+    """A map of the prediction with the data on it; right of it maps of the first 16 units of each hidden layer."""
     low, high = x.min(dim=0).values, x.max(dim=0).values
     axis = torch.linspace(0, 1, 81)[:, None]
     grid = torch.cartesian_prod(*(low + axis * (high - low)).T)
@@ -602,20 +602,18 @@ def picture_of_maps(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tens
     units = [(f"{n}.{m}", unit) for n, h in enumerate(layers, 1) for m, unit in enumerate(h.T[:16], 1)]
     columns = math.ceil(len(units) / 4)
     figure = Figure(figsize=(6 + 1.5 * columns, 5), layout="constrained")
-    large, *small = figure.subfigures(
-        1, 2 if units else 1, width_ratios=[4, columns][: 2 if units else 1], squeeze=False
-    )[0]
-    axes = large.subplots()
-    for panel in [axes, *(small[0].subplots(4, columns, squeeze=False).flat if units else ())]:
-        title, values = (
-            ("prediction and examples", model(grid)[:, 0]) if panel is axes else units.pop(0) if units else ("", None)
-        )
-        panel.set_title(title, fontsize="small")
-        panel.set_axis_off()
-        if values is not None:
-            options = limits if panel is axes else {"cmap": "RdBu"}
-            panel.imshow(values.view(81, 81).T.numpy(), origin="lower", extent=extent, aspect="auto", **options)
-    axes.scatter(*x[:500].T.numpy(), c=y[:500, 0].numpy(), s=12, edgecolors="black", linewidths=0.4, **limits)
+    large, small = figure.subplots(1, 2, width_ratios=[4, columns or 0.01])
+    large.imshow(model(grid)[:, 0].view(81, 81).T.numpy(), origin="lower", extent=extent, aspect="auto", **limits)
+    large.scatter(*x[:500].T.numpy(), c=y[:500, 0].numpy(), s=12, edgecolors="black", linewidths=0.4, **limits)
+    large.set_title("prediction and examples", fontsize="small")
+    for i, (name, unit) in enumerate(units):
+        left, bottom = 1.1 * (i % columns), -1.25 * (i // columns)
+        place = left, left + 1, bottom, bottom + 1
+        small.imshow(unit.view(81, 81).T.numpy(), origin="lower", extent=place, cmap="RdBu")
+        small.text(left + 0.5, bottom + 1.02, name, fontsize="small", ha="center")
+    small.set(xlim=(-0.05, 1.1 * columns), ylim=(-3.8, 1.25), aspect="auto")
+    for axes in (large, small):
+        axes.set_axis_off()
     return figure
 
 

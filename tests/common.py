@@ -19,12 +19,12 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
     "dqn_atari": [
         *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "500"),
         *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
-        *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-episodes", "1"),
+        *("--train-frequency", "40", "--checkpoint-frequency", "60", "--eval-episodes", "1"),
     ],
     "rainbow_atari": [
-        *("--env-id", "ALE/Asterix-v5", "--sticky-actions", "0.25", "--total-timesteps", "500", "--small-network"),
+        *("--env-id", "ALE/Asterix-v5", "--sticky-actions", "0.25", "--total-timesteps", "400", "--small-network"),
         *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
-        *("--train-frequency", "20", "--checkpoint-frequency", "60", "--eval-frequency", "200"),
+        *("--train-frequency", "25", "--checkpoint-frequency", "50", "--eval-frequency", "200"),
         *("--eval-episodes", "1"),
     ],
     "ddpg_continuous": [
@@ -55,7 +55,7 @@ SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and 
     ],
     "mlp_regression": [
         *("--dataset", "circle", "--noise", "0.1", "--samples", "200", "--optimizer", "adam", "--batch-size", "10"),
-        *("--epochs", "40", "--restarts", "2", "--checkpoint-frequency", "10", "--patience", "25"),
+        *("--epochs", "20", "--restarts", "2", "--checkpoint-frequency", "5", "--patience", "12"),
     ],
 }
 OFF_POLICY = ["ddpg_continuous", "dqn_atari", "rainbow_atari"]  # the scripts with a replay memory
@@ -78,7 +78,7 @@ def run_python(*command: object, cwd: Path, **environment: str) -> subprocess.Co
 
 
 def run(
-    script: str, *flags: object, cwd: Path, interruption: tuple[str, str, int | str, str] | None = None
+    script: str | Path, *flags: object, cwd: Path, interruption: tuple[str, str, int | str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """A script in a process of its own, as `run_python` would start it, but sooner: see starter.py."""
     if not STARTER:

@@ -119,26 +119,18 @@ def test_a_sweep_leaves_runs_logs_tables_and_figures(whole: Path) -> None:
         assert json.loads((whole / name / "result.json").read_text())["torch_threads"] == max(1, CORES // 2)
 
 
-def test_a_finished_run_stays_and_other_flags_are_refused(whole: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for name in NAMES for path in (whole / name).glob("*.*t*")}
-    result = sweep(*PLANE, 1, "--", *FLAGS, cwd=whole.parent)
-    assert (result.returncode, result.stderr) == (0, "")
-    result = sweep(*PLANE, 1, "--", *FLAGS, "--noise", "0.1", cwd=whole.parent)
-    assert result.returncode == 1
-    assert "plane__mlp_regression__1 failed with status 2" in result.stderr
-    assert "mlp_regression: error: --noise 0.1" in result.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_killed_with_all_its_runs_it_goes_on_to_the_same_bits(whole: Path, here: Path) -> None:
+def test_killed_with_its_runs_it_goes_on_to_the_same_bits_and_a_finished_run_stays(whole: Path, here: Path) -> None:
+    finished, killed = (here / "runs" / name for name in NAMES)
+    shutil.copytree(whole / NAMES[0], finished)
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     process = start(*PLANE, 1, 2, "--", *FLAGS, cwd=here, stdout=subprocess.DEVNULL, start_new_session=True)
-    wait_until(lambda: list(here.glob("runs/*/checkpoint.pt")))
+    wait_until((killed / "checkpoint.pt").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
-    assert len(list(here.glob("runs/*/result.json"))) < 2
+    assert not (killed / "result.json").exists()
     assert sweep(*PLANE, 1, 2, "--", *FLAGS, cwd=here).returncode == 0
-    for name in NAMES:
-        assert_same_weights(whole / name, here / "runs" / name)
+    assert_same_weights(whole / NAMES[1], killed)
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM], ids=["ctrl-c", "hangup", "term"])

@@ -547,8 +547,8 @@ def test_evaluation_equals_a_loop_by_hand() -> None:
 
 def test_it_learns_to_swing_up(tmp_path: Path) -> None:
     """Pendulum-v1: random actions score about -1,200, a pendulum that stands after some swings -150 to -300."""
-    flags = {"learning_starts": 500, "batch_size": 128, "learning_rate": 1e-3, "hidden_sizes": (64, 64)}
-    run = make_run(tmp_path, "Pendulum-v1", 7_000, **flags, eval_episodes=10, checkpoint_frequency=0)
+    flags = {"learning_starts": 500, "batch_size": 64, "learning_rate": 2e-3, "tau": 0.01, "hidden_sizes": (64, 64)}
+    run = make_run(tmp_path, "Pendulum-v1", 4_000, **flags, eval_episodes=10, checkpoint_frequency=0)
     assert run.finish(ddpg.train(run.args, run))["eval_return_mean"] > -400
 
 

@@ -436,9 +436,9 @@ def test_it_learns_to_catch(tmp_path: Path, play: object, monkeypatch: pytest.Mo
     """The script's own loop, network, replay and update reach a near-perfect score from screens."""
     play(Catch)
     monkeypatch.setattr(dqn, "EVAL_EPSILON", 0.0)
-    flags = {"total_timesteps": 1_500, "learning_starts": 100, "gamma": 0.9, "exploration_fraction": 0.5}
-    flags |= {"batch_size": 16, "learning_rate": 3e-4, "target_network_frequency": 100}
-    run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=100)
+    flags = {"total_timesteps": 1_000, "learning_starts": 100, "gamma": 0.9, "exploration_fraction": 0.5}
+    flags |= {"batch_size": 16, "learning_rate": 6e-4, "target_network_frequency": 60}
+    run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=60)
     assert run.finish(dqn.train(run.args, run))["eval_return_mean"] > 0.95
 
 

@@ -19,8 +19,8 @@ OFF = ["--no-double-q", "--no-prioritised-replay", "--no-dueling", "--no-distrib
 
 
 def test_without_its_tricks_it_is_dqn(tmp_path: Path) -> None:
-    """The weights and the optimizer's moments after 20 updates are those of dqn_atari.py, to the bit."""
-    short = [*SHORT["dqn_atari"], "--total-timesteps", "300", "--train-frequency", "10", "--eval-episodes", "0"]
+    """The weights and the optimizer's moments after 15 updates are those of dqn_atari.py, to the bit."""
+    short = [*SHORT["dqn_atari"], "--total-timesteps", "250", "--train-frequency", "10", "--eval-episodes", "0"]
     settings = ["--n-step", "1", "--learning-rate", "1e-4", "--optimizer-eps", "1e-8", "--max-grad-norm", "1e9"]
     trained = []
     for script, flags in (("dqn_atari", []), ("rainbow_atari", [*OFF, *settings])):
@@ -397,7 +397,7 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, mon
 def test_it_learns_to_catch(tmp_path: Path, play: object) -> None:
     """The script's own loop, network, replay and update reach a near-perfect score from screens, all tricks on."""
     play(Catch)
-    flags = {"total_timesteps": 1_000, "learning_starts": 100, "gamma": 0.9, "train_frequency": 1, "batch_size": 16}
-    flags |= {"learning_rate": 1e-3, "optimizer_eps": 1e-6, "target_network_frequency": 50, "noisy_sigma": 0.1}
-    run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=100)
+    flags = {"total_timesteps": 700, "learning_starts": 100, "gamma": 0.9, "train_frequency": 2, "batch_size": 16}
+    flags |= {"learning_rate": 2e-3, "optimizer_eps": 1e-6, "target_network_frequency": 50, "noisy_sigma": 0.1}
+    run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=60)
     assert run.finish(rainbow.train(run.args, run))["eval_return_mean"] > 0.9

@@ -35,18 +35,17 @@ def script(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-FINISHED = {}  # by script; a fixture of the whole session would be made again whenever its parameter changes
-
-
 @pytest.fixture
 def finished(script: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run that was never interrupted."""
-    if script not in FINISHED:
-        cwd = tmp_path_factory.mktemp("finished")
-        result = run(script, *SHORT[script], "--run-name", "whole", cwd=cwd)
-        assert (result.returncode, result.stderr) == (0, "")
-        FINISHED[script] = cwd / "runs" / "whole"
-    return FINISHED[script]
+    """The folder of a short run that was never interrupted; the first test that asks makes it, for all processes."""
+    folder = tmp_path_factory.getbasetemp().parent / "finished"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{script}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "runs" / script / "result.json").exists():
+            result = run(script, *SHORT[script], "--run-name", script, cwd=folder)
+            assert (result.returncode, result.stderr) == (0, "")
+    return folder / "runs" / script
 
 
 TIMES = {"wall_seconds", "steps_per_second", "seconds", "first_update", "events", "run_name", "resume"}
@@ -123,11 +122,14 @@ def test_a_finished_run(script: str, finished: Path) -> None:
         assert tags["speed"][0] == first.get(script, 400 if script in OFF_POLICY else 128)
 
 
-def test_another_seed_is_another_run(script: str, finished: Path, tmp_path: Path) -> None:
-    """That the same seed is the same run, the killed ones show."""
-    assert run(script, *SHORT[script], "--run-name", "other", "--seed", "2", cwd=tmp_path).returncode == 0
-    models = (torch.load(folder / "model.pt", weights_only=True) for folder in (finished, tmp_path / "runs" / "other"))
-    assert not same(*models)
+def test_another_seed_is_another_run(script: str, tmp_path: Path) -> None:
+    """Other weights, random numbers and environment. That the same seed is the same run, the killed ones show."""
+    for seed in ("1", "2"):
+        kill(script, "after", 2, *SHORT[script], "--run-name", seed, "--seed", seed, cwd=tmp_path)
+    states = [torch.load(tmp_path / "runs" / seed / "checkpoint.pt", weights_only=True) for seed in ("1", "2")]
+    assert not any(same(*(state[name] for state in states)) for name in ("rng", "torch_rng"))
+    parts = {name: same(*(state["parts"][name] for state in states)) for name in states[0]["parts"]}
+    assert {name for name, equal in parts.items() if equal} <= {"optimizer", "actor_adam", "critic_adam", "memory"}
 
 
 def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished: Path, tmp_path: Path) -> None:
@@ -149,8 +151,8 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
 
 
 STATEFUL = [
-    ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 7 --total-timesteps 300"),
-    ("rainbow_atari", "--no-prioritised-replay --no-noisy-nets --n-step 1 --total-timesteps 300"),
+    ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 7 --total-timesteps 200 --eval-episodes 0"),
+    ("rainbow_atari", "--no-prioritised-replay --no-noisy-nets --n-step 1 --total-timesteps 200 --eval-episodes 0"),
     ("ddpg_continuous", "--checkpoint-frequency 0 --eval-frequency 300"),
     ("q_learning", "--features tiles --learning-rate 0.3"),
     ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30"),
@@ -169,7 +171,7 @@ def test_other_flags_resume_to_the_bit_too(script: str, flags: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("script", "signum"),
-    [(name, "SIGINT") for name in FEW] + [("mlp_regression", name) for name in ("SIGTERM", "SIGHUP")],
+    [("ddpg_continuous", "SIGINT"), *(("ppo_continuous", name) for name in ("SIGINT", "SIGTERM", "SIGHUP"))],
     indirect=["script"],
 )
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
@@ -511,8 +513,9 @@ def test_inline_dependencies_are_those_of_requirements_txt(script: str) -> None:
 def test_the_file_alone_runs(script: str, tmp_path: Path) -> None:
     """Copied elsewhere, under another name, it needs nothing beside it."""
     shutil.copy(ROOT / f"{script}.py", tmp_path / "mine.py")
-    length = ("--total-timesteps", "384") if script in AGENTS else ("--epochs", "2")
-    result = run_python("-I", "mine.py", *SHORT[script], *length, "--run-name", "alone", cwd=tmp_path)
+    length = ("--total-timesteps", "128", "--eval-episodes", "0") if script in AGENTS else ("--epochs", "2")
+    length += ("--learning-starts", "100") * (script in OFF_POLICY)
+    result = run(tmp_path / "mine", *SHORT[script], *length, "--run-name", "alone", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads((tmp_path / "runs" / "alone" / "result.json").read_text())["script"] == "mine"
 
