@@ -152,13 +152,17 @@ class Repeatable(gym.Wrapper):
         self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
         obs, info = self.env.reset(options=options)
         self.obs = np.array(obs, np.float32)
+        if not np.isfinite(self.obs).all():
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} on reset")
         return self.obs, info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.obs = np.array(obs, np.float32)
+        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
+        if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {action}")
         self.actions.append(action)
-        return self.obs, float(reward), terminated, truncated, info
+        return self.obs, reward, bool(terminated), bool(truncated), info
 
     def state_dict(self) -> dict:
         return {"start": self.start, "actions": self.actions, "obs": self.obs.tolist()}

@@ -1,4 +1,4 @@
-"""Measures dqn_atari.py beside stable-baselines3's DQN: steps per second, peak memory, the pause of a checkpoint.
+"""Measures dqn_atari.py beside stable-baselines3's DQN and rainbow_atari.py: steps/s, memory, the pause of a checkpoint.
 
     uv run tests/benchmark_dqn_atari.py                 # three rounds on one thread and on all, the two in turn
     uv run tests/benchmark_dqn_atari.py --rounds 5 --threads 2 --steps 10000
@@ -134,9 +134,11 @@ def main() -> None:
         return measure_memory()
     args = tyro.cli(Args, description=__doc__)
     flags = {"--env-id": ENV_ID, "--start-e": 0.05, "--end-e": 0.05, "--learning-starts": FIRST_UPDATE}
+    rainbow = {"--env-id": ENV_ID, "--learning-starts": FIRST_UPDATE}
     programs = {
         "this script": lambda: ours("dqn_atari.py", args, flags),
         "stable-baselines3": lambda: theirs(args, "stable-baselines3"),
+        "rainbow_atari": lambda: ours("rainbow_atari.py", args, rainbow),
         "layers": lambda: theirs(args, "layers"),
     }
     print_table(args, programs)

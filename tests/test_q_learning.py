@@ -214,6 +214,38 @@ BAD = [
 ]
 
 
+class Broken(gym.Env):
+    """Gives a reward that is no number, or an observation; by the name that it is registered under."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return np.full(2, np.nan if "Start" in self.spec.id else 0.0), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return (
+            np.full(2, np.nan if "Obs" in self.spec.id else 0.0),
+            np.nan if "Reward" in self.spec.id else 0.0,
+            False,
+            False,
+            {},
+        )
+
+
+@pytest.mark.parametrize("what", ["Start", "Obs", "Reward"])
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # Gymnasium's own checker sees it too
+def test_an_environment_that_gives_no_number_is_named(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gym.register(f"Broken{what}-v0", Broken)
+    message = message_of(ql, ["--env-id", f"Broken{what}-v0"], capsys, monkeypatch)
+    assert f"--env-id Broken{what}-v0: gave observation [" in message
+    assert "nan" in message
+    assert "learning-rate" not in message
+
+
 @pytest.mark.parametrize(("flags", "expected"), BAD)
 def test_bad_input(
     flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
