@@ -3,9 +3,12 @@
     python results/summary.py runs                                            # of a folder's runs, into runs/summary/
     python results/summary.py --publish results/tau/0.05 runs/tau/0.05/*__*   # copies what is published of these runs
     python results/summary.py results                                         # redraws what is published
+    python results/summary.py results/ppo results/trpo                        # algorithms together, in results/summary/
 
 Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.05/NAME), these are compared, by name.
 Runs that differ in more than the seed are told apart; a flag that a script of then did not have tells nothing.
+Algorithms that trained in the same environment are also drawn together, against steps and against hours: those that the
+steps take at the rate of the fastest seed, for the others may have shared the machine.
 
 Of fewer than five seeds each one's value and curve. Of five and more the mean and its 95 % bootstrap interval
 (percentile; of five normal values it covers the true mean in 84 of 100 cases). For the 57 Atari games that the
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -220,51 +224,80 @@ def smooth(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, width: floa
     return np.where(last > first, (sums[last] - sums[first]) / np.maximum(last - first, 1), np.nan)
 
 
-def draw(script: str, environment: str, variants: dict[str, list[dict]], folder: Path) -> None:
-    """Mean over seeds of the training returns; each seed's where they are few, or else the interval."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    regression = all(run["r2"] is not None for runs in variants.values() for run in runs)
-    for index, (variant, runs) in enumerate(variants.items()):
+def draw_curves(axes: Axes, curves: dict[str, list[dict]], *, regression: bool, in_hours: bool = False) -> None:
+    """By label, the mean over seeds of the training returns; each seed's where they are few, or else the interval."""
+    for index, (label, runs) in enumerate(curves.items()):
         total = max(run["returns"][-1, 0] for run in runs)
         grid = np.linspace(0, total, 201)
         width = total / 200 if regression else total / 25
-        curves = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
-        grid, curves = grid[np.isfinite(curves).all(axis=0)], curves[:, np.isfinite(curves).all(axis=0)]
-        label = f"{variant or 'mean'} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-        axes.plot(grid, curves.mean(axis=0), color=f"C{index}", linewidth=2, label=label)
+        returns = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
+        grid, returns = grid[np.isfinite(returns).all(axis=0)], returns[:, np.isfinite(returns).all(axis=0)]
+        x = grid / max(run["rate"] for run in runs) / 3600 if in_hours else grid
+        label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+        axes.plot(x, returns.mean(axis=0), color=f"C{index}", linewidth=2, label=label)
         if len(runs) >= SEEDS:
-            axes.fill_between(grid, *interval(curves), color=f"C{index}", alpha=0.2, linewidth=0)
+            axes.fill_between(x, *interval(returns), color=f"C{index}", alpha=0.2, linewidth=0)
         elif len(runs) > 1:
-            axes.plot(grid, curves.T, color=f"C{index}", linewidth=0.6, alpha=0.5)
+            axes.plot(x, returns.T, color=f"C{index}", linewidth=0.6, alpha=0.5)
+    axes.grid(alpha=0.3)
+
+
+def draw(script: str, environment: str, variants: dict[str, list[dict]], folder: Path) -> None:
+    """One algorithm in one environment."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    regression = all(run["r2"] is not None for runs in variants.values() for run in runs)
+    draw_curves(axes, {variant or "mean": runs for variant, runs in variants.items()}, regression=regression)
     x, y, scale = ("epochs", "validation loss", "log") if regression else ("steps", "return in training", "linear")
     axes.set(xlabel=x, ylabel=y, yscale=scale)
     axes.set_title(f"{script}.py, {environment}", parse_math=False)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", framealpha=0.5)
     figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{script}__{environment}.png"), dpi=110)
 
 
-def summarise(folder: Path) -> None:
-    groups, into, figures = read_runs(folder), folder / "summary", defaultdict(dict)
+def draw_together(environment: str, algorithms: dict[str, list[dict]], folder: Path) -> None:
+    """Several algorithms in one environment, against steps and against hours."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_steps, by_hours = figure.subplots(1, 2, sharey=True)
+    draw_curves(by_steps, algorithms, regression=False)
+    draw_curves(by_hours, algorithms, regression=False, in_hours=True)
+    by_steps.set(xlabel="steps", ylabel="return in training")
+    by_hours.set(xlabel="hours", xscale="log", xlim=(5e-3, None))
+    by_steps.legend(fontsize="small", framealpha=0.5)
+    figure.suptitle(environment)
+    figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{environment}.png"), dpi=110)
+
+
+def summarise(*folders: Path) -> None:
+    """Of one folder tables and figures; of several the figures in which algorithms of all of them meet."""
+    alone, figures, together = len(folders) == 1, defaultdict(dict), defaultdict(dict)
+    groups = {(*names, folder): runs for folder in folders for names, runs in read_runs(folder).items()}
+    into = Path(os.path.commonpath([folder.resolve() for folder in folders])) / "summary"
     if not groups:
-        fail(f"there is no run in {folder}")
+        fail(f"there is no run in {' '.join(map(str, folders))}")
     finished = [run for runs in groups.values() for run in runs if run["finished"]]
     try:
         into.mkdir(exist_ok=True)
         with ProcessPoolExecutor() as pool:
             for run, returns in zip(finished, pool.map(read_returns, [run["folder"] for run in finished]), strict=True):
                 run["returns"] = returns
-            for (script, environment, variant), runs in groups.items():
+            for (script, environment, variant, path), runs in groups.items():
                 if drawable := [run for run in runs if len(run.get("returns", ()))]:
                     figures[script, environment][variant] = drawable
-            drawn = [pool.submit(draw, *names, variants, into) for names, variants in figures.items()]
-            write_tables([table_row(*names, runs) for names, runs in groups.items()], over_games(groups), into)
+                    label = f"{script} {variant}".rstrip()
+                    label += f", {path.name}" * (label in together[environment])
+                    together[environment][label] = drawable
+            drawn = [pool.submit(draw, *names, variants, into) for names, variants in figures.items() if alone]
+            several = {name for name in together if sum(environment == name for _, environment in figures) > 1}
+            drawn += [pool.submit(draw_together, name, together[name], into) for name in several]
+            if alone:
+                rows = [table_row(*names, runs) for (*names, _), runs in groups.items()]
+                write_tables(rows, over_games({names[:3]: runs for names, runs in groups.items()}), into)
             for figure in drawn:
                 figure.result()
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
-    print(f"\ntable.csv, table.md and {len(figures)} figures: {into}")
+    print(f"\n{'table.csv, table.md and ' * alone}{len(drawn)} figures: {into}")
 
 
 def publish(run_dir: Path, folder: Path) -> None:
@@ -286,8 +319,8 @@ def main() -> None:
         case ["--publish", folder, *run_dirs] if run_dirs and not Path(folder, "args.json").exists():
             for run_dir in map(Path, run_dirs):
                 publish(run_dir, Path(folder))
-        case [folder] if Path(folder).is_dir():
-            summarise(Path(folder))
+        case [*folders] if folders and all(Path(folder).is_dir() for folder in folders):
+            summarise(*map(Path, folders))
         case _:
             raise SystemExit(__doc__)
 

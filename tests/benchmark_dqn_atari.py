@@ -1,4 +1,4 @@
-"""Measures dqn_atari.py beside stable-baselines3's DQN and rainbow_atari.py: steps/s, memory, the pause of a checkpoint.
+"""Measures dqn_atari.py beside stable-baselines3's DQN and rainbow_atari.py: speed, memory, the pause of a checkpoint.
 
     uv run tests/benchmark_dqn_atari.py                 # three rounds on one thread and on all, the two in turn
     uv run tests/benchmark_dqn_atari.py --rounds 5 --threads 2 --steps 10000

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -346,11 +347,17 @@ def test_slurm_runs_the_array_and_a_requeued_task_resumes(here: Path) -> None:
 
 
 def make_run(
-    folder: Path, seed: int, returns: list[float], evaluation: float, game: str = "Pong", **flags: object
+    folder: Path,
+    seed: int,
+    returns: list[float],
+    evaluation: float,
+    game: str = "Pong",
+    script: str = "dqn_atari",
+    **flags: object,
 ) -> Path:
     """A run as the scripts leave it."""
     env_id = f"ALE/{game}-v5"
-    run_dir = folder / f"ALE-{game}-v5__dqn_atari__{seed}{''.join(flags)}"
+    run_dir = folder / f"ALE-{game}-v5__{script}__{seed}{''.join(flags)}"
     args = {"env_id": env_id, "seed": seed, "run_name": run_dir.name, "total_timesteps": 1_000} | flags
     with SummaryWriter(run_dir) as writer:
         writer.add_text("flags", "|seed|1|")
@@ -359,7 +366,7 @@ def make_run(
             writer.add_scalar("charts/SPS", 100, int(step))
         writer.add_scalar("eval/return_mean", evaluation, 1_000)
     (run_dir / "args.json").write_text(json.dumps(args))
-    result = {"script": "dqn_atari", "env_id": env_id, "seed": seed, "total_timesteps": 1_000}
+    result = {"script": script, "env_id": env_id, "seed": seed, "total_timesteps": 1_000}
     result |= {"train_return_mean": float(np.mean(returns)), "eval_return_mean": evaluation, "wall_seconds": 1_800.0}
     (run_dir / "result.json").write_text(json.dumps(result | {"steps_per_second": 100.0 + seed}))
     return run_dir
@@ -452,6 +459,30 @@ def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path) -> None:
     run_dir = make_run(folder, 1, [1.0], 1.0)
     ((run,),) = summary.read_runs(folder).values()
     assert run["folder"] == run_dir
+
+
+def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one folder and of several; each in its colour, the hours by the fastest seed's rate."""
+    for script, folder in (("dqn_atari", "dqn"), ("rainbow_atari", "rainbow"), ("rainbow_atari", "again")):
+        for seed in (1, 2):
+            run_dir = make_run(tmp_path / folder, seed, [1.0, 2.0, 3.0], 1.0, script=script)
+            shutil.copytree(run_dir, tmp_path / "all" / run_dir.name, dirs_exist_ok=True)
+    summary.summarise(tmp_path / "all")
+    assert (tmp_path / "all/summary/ALE-Pong-v5.png").stat().st_size > 5_000
+    drawn, draw_curves = [], summary.draw_curves
+
+    def draw(axes: object, curves: dict, **options: object) -> None:
+        draw_curves(axes, curves, **options)
+        drawn.append({line.get_label(): line.get_xdata()[-1] for line in axes.lines if "seed" in line.get_label()})
+
+    monkeypatch.setattr(summary, "draw_curves", draw)
+    monkeypatch.setattr(summary, "ProcessPoolExecutor", ThreadPoolExecutor)
+    summary.summarise(*(tmp_path / folder for folder in ("dqn", "rainbow", "again")))
+    steps, hours = drawn
+    assert {path.name for path in (tmp_path / "summary").iterdir()} == {"ALE-Pong-v5.png"}
+    labels = ["dqn_atari (2 seeds)", "rainbow_atari (2 seeds)", "rainbow_atari, again (2 seeds)"]
+    assert steps == dict.fromkeys(labels, 1_000)
+    assert hours == dict.fromkeys(labels, pytest.approx(1_000 / 102 / 3_600))
 
 
 def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
