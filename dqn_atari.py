@@ -167,7 +167,7 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 
 
 class AtariPreprocessing(gym.Wrapper):
-    """The paper's preprocessing ("Methods: Preprocessing") around a raw grey-scale Atari environment.
+    """The preprocessing of Mnih et al. 2015 ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
     `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
     rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
@@ -381,7 +381,7 @@ class RMSprop(torch.optim.Optimizer):
 
 
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    """The value at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 

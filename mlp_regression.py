@@ -464,7 +464,7 @@ def train(args: Args, run: Run) -> dict[str, Best]:
         fail(f"--resume: {args.data} has changed since {run.dir} was started")
     run.restore(model=model, optimizer=optimizer, best=best)
 
-    for step in run.steps(args.restarts * args.epochs):  # 6: for each epoch, of one start after the other
+    for step in run.steps(args.restarts * args.epochs, best=best):  # 6: for each epoch, of one start after the other
         if step > 1 and (step - 1) % args.epochs == 0:  # 5: the next start
             model.load_state_dict(make_model(args, x.shape[1], y.shape[1], x.cpu()).state_dict())
             optimizer.state.clear()

@@ -164,7 +164,7 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 
 
 class AtariPreprocessing(gym.Wrapper):
-    """The paper's preprocessing ("Methods: Preprocessing") around a raw grey-scale Atari environment.
+    """The preprocessing of Mnih et al. 2015 ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
     `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
     rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other

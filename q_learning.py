@@ -344,7 +344,7 @@ class ReplayMemory:
 
 
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    """The value at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 

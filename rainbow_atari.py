@@ -4,8 +4,8 @@
     python rainbow_atari.py --env-id ALE/Pong-v5 --no-noisy-nets --n-step 1   # without two of the six tricks
     python rainbow_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
 
-Deep Q-learning with six tricks, each a flag: without any of them the listing is that of dqn_atari.py, and so are the
-weights, to the bit. The numbers stand again in `train`, where each line happens.
+Deep Q-learning with six tricks, each a flag: without any of them the listing is that of dqn_atari.py, and with its
+rates and no clipping so are the weights, to the bit. The numbers stand again in `train`, where each line happens.
 
      1  initialise replay memory D to capacity N
      2  initialise network with random weights: for each action the distribution of its return  --distributional (a)
@@ -26,13 +26,15 @@ weights, to the bit. The numbers stand again in `train`, where each line happens
 (f) van Hasselt et al. 2016.
 
 Differs from the paper:
-- All steps are agent steps of four emulator frames.
+- Steps are agent steps of four emulator frames; a screen is grey, the maximum of the last two, shrunk by area.
+- A lost life ends an episode for learning, and leaves its last screens in the next one's first observations.
 - As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and a transition's priority comes from
   the cross-entropy; the paper's, from the KL divergence, which is less by the entropy of the target.
-- The last n - 1 transitions before an end are kept, with what is left of their n steps, and so are those before a
-  time limit, which is no terminal state: its target bootstraps.
+- The last n - 1 transitions before an end are kept, with what is left of their n steps, and so are those before the
+  newest screen and before a time limit, which are no terminal states: their targets bootstrap.
 - beta grows from the first step on; a priority never falls to zero, for 1e-6 is added to the loss.
-- Evaluation keeps the noise, as DQN Zoo's does; without noisy nets it acts at random in 5 of 100 steps, as DQN's does.
+- Evaluation keeps the noise, as DQN Zoo's does; without noisy nets it acts at random in 5 of 100 steps, as DQN's does,
+  and epsilon falls over a tenth of the run (the paper: over 62,500 steps).
 """
 
 # /// script
@@ -135,13 +137,13 @@ class Args:
     noisy_nets: bool = True
     """explore by noise in the weights, not by epsilon"""
     noisy_sigma: Positive = 0.5
-    """the noise's standard deviation at the start, times the root of a layer's inputs (DQN Zoo: 0.1)"""
+    """sigma_0: a layer's sigmas start at sigma_0 / sqrt(its inputs) (DQN Zoo: 0.1)"""
     small_network: bool = False
     """two convolutions and 256 units, for short runs (van Hasselt et al. 2019), instead of DQN's three and 512"""
     start_e: Fraction = 1.0
     """epsilon of the exploration at the start, without noisy nets"""
     end_e: Fraction = 0.01
-    """epsilon of the exploration at its end"""
+    """epsilon of the exploration at its end, without noisy nets"""
     exploration_fraction: Fraction = 0.1
     """part of the run over which epsilon falls from start to end"""
     learning_starts: Count = 20_000
@@ -190,7 +192,7 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 
 
 class AtariPreprocessing(gym.Wrapper):
-    """The paper's preprocessing ("Methods: Preprocessing") around a raw grey-scale Atari environment.
+    """The preprocessing of Mnih et al. 2015 ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
     `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
     rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
@@ -273,7 +275,7 @@ class NoisyLinear(nn.Module):
             nn.init.constant_(parameter, sigma / math.sqrt(n_inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(sum(self.mu.weight.shape), device=x.device)
+        noise = torch.randn(sum(self.mu.weight.shape)).to(x.device)  # by the generator that every checkpoint holds
         noise_out, noise_in = (noise.sign() * noise.abs().sqrt()).split(self.mu.weight.shape)
         weight = torch.addcmul(self.mu.weight, self.sigma.weight, torch.outer(noise_out, noise_in))
         return F.linear(x, weight, torch.addcmul(self.mu.bias, self.sigma.bias, noise_out))
@@ -285,7 +287,7 @@ class RainbowNetwork(nn.Module):
 
     def __init__(self, n_actions: int, args: Args):
         super().__init__()
-        self.outputs = n_actions, ATOMS if args.distributional else 1
+        self.output_shape = n_actions, ATOMS if args.distributional else 1
         if args.small_network:
             layers = [nn.Conv2d(STACK, 32, kernel_size=5, stride=5), nn.ReLU(inplace=True)]
             layers += [nn.Conv2d(32, 64, kernel_size=5, stride=5), nn.ReLU(inplace=True)]
@@ -301,21 +303,21 @@ class RainbowNetwork(nn.Module):
             return nn.Sequential(linear(n_features, hidden), nn.ReLU(inplace=True), linear(hidden, size))
 
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
-        self.advantage = stream(math.prod(self.outputs))
-        self.value = stream(self.outputs[1]) if args.dueling else None
+        self.advantage = stream(math.prod(self.output_shape))
+        self.value = stream(self.output_shape[1]) if args.dueling else None
         self.register_buffer("support", torch.linspace(-V_MAX, V_MAX, ATOMS), persistent=False)
         self.to(memory_format=torch.channels_last)  # a tenth more steps per second on a CPU
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         features = self.convolutions(obs / 255)
-        outputs = self.advantage(features).view(-1, *self.outputs)
+        outputs = self.advantage(features).view(-1, *self.output_shape)
         if self.value is not None:  # for each atom, before the softmax
             outputs = outputs - outputs.mean(dim=1, keepdim=True) + self.value(features)[:, None]
         return outputs
 
     def q_values(self, outputs: torch.Tensor) -> torch.Tensor:
         """Expected returns (batch, n_actions) of what `forward` gives."""
-        return outputs.squeeze(2) if self.outputs[1] == 1 else outputs.softmax(dim=2) @ self.support
+        return outputs.squeeze(2) if self.output_shape[1] == 1 else outputs.softmax(dim=2) @ self.support
 
     @torch.inference_mode()
     def act(self, obs: torch.Tensor) -> int:
@@ -468,7 +470,7 @@ class RainbowMemory(FrameMemory):
         """
         position = self.draw(batch_size)
         ahead = self.steps[(position[:, None] + np.arange(self.n_step)) % self.slots]
-        inside = ahead["acted"].copy()  # a window ends at an episode's last screen, or after a terminal step
+        inside = ahead["acted"]  # a window ends at an episode's last screen, at the newest, or after a terminal step
         inside[:, 1:] &= np.logical_and.accumulate(ahead["acted"] & ~ahead["terminated"], axis=1)[:, :-1]
         length = inside.sum(axis=1)
         reward = (inside * ahead["reward"] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
@@ -482,7 +484,7 @@ class RainbowMemory(FrameMemory):
         return position, (obs, action, reward, discount, next_obs, weight)
 
     def update(self, position: np.ndarray, loss: torch.Tensor) -> None:
-        """New priorities from losses, (batch,), of the transitions at these places."""
+        """New priorities from losses, or absolute TD errors, (batch,), of the transitions at these places."""
         if self.tree:
             loss = np.fmin(loss.cpu().numpy().astype(np.float64), 100)  # as DQN Zoo does; nan too, which `log` tells of
             priority = (loss + 1e-6) ** PRIORITY_EXPONENT
@@ -516,19 +518,20 @@ def targets(
     reward: torch.Tensor,
     discount: torch.Tensor,
     next_obs: torch.Tensor,
-    target: RainbowNetwork,
+    target_network: RainbowNetwork,
     chooser: RainbowNetwork,
 ) -> torch.Tensor:
-    """Distribution of R + discount Z(s', a*), (batch, 51), or its mean, (batch, 1), Z of `target`, a* of `chooser`.
+    """Distribution of R + discount Z(s', a*), (batch, 51), or its mean, (batch, 1).
 
-    reward and discount: float32 (batch,).
+    Z is of the target network, a* of `chooser`; reward and discount are float32 (batch,).
     """
-    outputs = target(next_obs)
-    q_values = target.q_values(outputs) if chooser is target else chooser.q_values(chooser(next_obs))
+    outputs = target_network(next_obs)
+    q_values = chooser.q_values(outputs if chooser is target_network else chooser(next_obs))
     chosen = outputs[torch.arange(len(outputs)), q_values.argmax(dim=1)]
     if chosen.shape[1] == 1:
         return reward[:, None] + discount[:, None] * chosen
-    return project(reward[:, None] + discount[:, None] * target.support, chosen.softmax(dim=1), target.support)
+    support = target_network.support
+    return project(reward[:, None] + discount[:, None] * support, chosen.softmax(dim=1), support)
 
 
 def losses(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -539,7 +542,7 @@ def losses(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """Epsilon at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    """The value at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 
@@ -584,14 +587,17 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
             chooser = q_network if args.double_q else target_network
             target = targets(rewards, discounts, next_obs, target_network, chooser)
             # 10: one gradient step, and new priorities
-            outputs = q_network(obs)
-            loss = losses(outputs[torch.arange(args.batch_size), actions], target)
+            outputs = q_network(obs)[torch.arange(args.batch_size), actions]
+            loss = losses(outputs, target)
             optimizer.zero_grad()
             (weights * loss).mean().backward()
             nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
             optimizer.step()
-            memory.update(places, loss.detach() if args.distributional else loss.detach().sqrt())
-            run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_network.q_values(outputs.detach()).mean()})
+            memory.update(
+                places, loss.detach() if args.distributional else loss.detach().sqrt()
+            )  # the root: |TD error|
+            q_value = q_network.q_values(outputs.detach()[:, None]).mean()
+            run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_value})
 
         # 11: every C steps target network = network
         if step % args.target_network_frequency == 0:
@@ -635,7 +641,8 @@ def check(args: Args) -> str:
     least = max(args.batch_size, args.n_step) + STACK + 1
     if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < least:
         order = f"--batch-size <= --learning-starts <= --total-timesteps, and --buffer-size >= {least}"
-        fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")
+        given = f"--n-step {args.n_step}, --learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}"
+        fail(f"{given}: must be {order}")
     return args.env_id
 
 

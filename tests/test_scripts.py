@@ -155,7 +155,7 @@ STATEFUL = [
     ("rainbow_atari", "--no-prioritised-replay --no-noisy-nets --n-step 1 --total-timesteps 200 --eval-episodes 0"),
     ("ddpg_continuous", "--checkpoint-frequency 0 --eval-frequency 300"),
     ("q_learning", "--features tiles --learning-rate 0.3"),
-    ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30"),
+    ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30 --eval-frequency 7"),
     ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4 --epochs 15"),
 ]
 
