@@ -90,7 +90,7 @@ LOG_FREQUENCY = 1_000  # steps between two records of losses
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"
-    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
+    """with vectors of observations and of bounded actions, and episodes that end; MODULE:NAME imports one of yours"""
     total_timesteps: Count = 1_000_000
     """steps to train for"""
     learning_rate: Positive = 3e-4
@@ -112,7 +112,7 @@ class Args:
 
     # The run
     seed: Natural = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
+    """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
     """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")

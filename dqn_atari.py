@@ -128,7 +128,7 @@ class Args:
 
     # The run
     seed: Natural = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
+    """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
     """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")
@@ -465,6 +465,8 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
+    if args.capture_video:
+        importlib.import_module("moviepy")  # not only after the training
     if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]

@@ -24,10 +24,11 @@ Differs from the paper:
 - Rewards are clipped to their sign.
 - The end by a time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, but the game
   goes on, and the screens before it stay in the state.
-- As in OpenAI's code (baselines, ppo2) and CleanRL: c_1 = 0.5, advantages are normalised in each minibatch, initial
-  weights are orthogonal, the gradient's norm is clipped. The paper lets eps fall with the learning rate; they do not.
-- Theirs, but not ours: a clipped value loss, which brings nothing (Andrychowicz et al. 2021, section 3.4), and FIRE
-  pressed at the start of a game, which is left to the policy.
+- As in OpenAI's code (baselines, ppo2) and CleanRL: K = 4 (the paper's is 3), c_1 = 0.5 (1), DQN's convolutions; Adam's
+  epsilon is 1e-5, advantages are normalised in each minibatch, initial weights are orthogonal, the gradient's norm is
+  clipped. The paper lets eps fall with the learning rate; they do not.
+- Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which brings nothing
+  (Andrychowicz et al. 2021, section 3.4); FIRE pressed at the start of a game, which is left to the policy.
 - All steps are agent steps of four emulator frames. Screens are made grey, the maximum of two is taken, and it is
   shrunk by area.
 
@@ -125,7 +126,7 @@ class Args:
 
     # The run
     seed: Natural = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
+    """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
     """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")
@@ -328,9 +329,9 @@ def normalise(advantage: torch.Tensor) -> torch.Tensor:
 def diagnostics(
     log_ratio: torch.Tensor, clip_coef: float, value: np.ndarray, target: np.ndarray
 ) -> dict[str, float | torch.Tensor]:
-    """Of a minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part that is clipped.
+    """Of the last minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part clipped.
 
-    Of a rollout (T, n_envs): the part of the targets' variance that the values explain.
+    Of a rollout (T, n_envs): the part of the targets' variance that the values before the update explain.
     """
     log_ratio = log_ratio.detach()
     ratio, unexplained = log_ratio.exp(), (target - value).var() / max(target.var(), 1e-30)
@@ -374,9 +375,9 @@ def train(args: Args, run: Run) -> dict[str, object]:
                     env.reset()
         # 5: advantages
         last_value = actor_critic.act(np.array([env.obs for env in envs]), rng)[2]
-        following = np.concatenate([value[1:], last_value[None]])
+        next_values = np.concatenate([value[1:], last_value[None]])
         advantage = gae(
-            reward, terminal, done, value, np.where(done, next_value, following), args.gamma, args.gae_lambda
+            reward, terminal, done, value, np.where(done, next_value, next_values), args.gamma, args.gae_lambda
         )
         target = advantage + value
 
@@ -436,6 +437,8 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
+    if args.capture_video:
+        importlib.import_module("moviepy")  # not only after the training
     if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]

@@ -24,13 +24,14 @@ Differs from the paper:
   rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
   normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped; the learning rate falls,
   and Adam's epsilon is 1e-5.
-- Theirs, but not ours: statistics of observations that change within a rollout (here they are those of the rollouts
-  before, so that a state has one value), and a clipped value loss, which brings nothing (Andrychowicz et al. 2021,
+- Theirs, but not ours: a time limit that counts as a terminal state; statistics of observations and rewards that change
+  within a rollout (here the former are those of the rollouts before, so that a state has one value; the first rollout
+  has observations as they come, clipped); a clipped value loss, which brings nothing (Andrychowicz et al. 2021,
   section 3.4).
 - As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
-  policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
+  policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou; CleanRL's at 1.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
-  asked about the unclipped one. Theirs are only clipped.
+  asked about the unclipped one. CleanRL and baselines only clip them.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
 """
@@ -93,7 +94,7 @@ LOG_FREQUENCY = 1  # steps between two records of losses: every iteration
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"
-    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
+    """with vectors of observations and of bounded actions, and episodes that end; MODULE:NAME imports one of yours"""
     total_timesteps: Count = 1_000_000
     """steps to train for, of all environments together; the last ones that fill no rollout are left out"""
     learning_rate: Positive = 3e-4
@@ -121,7 +122,7 @@ class Args:
 
     # The run
     seed: Natural = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
+    """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
     """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")
@@ -357,9 +358,9 @@ def normalise(advantage: torch.Tensor) -> torch.Tensor:
 def diagnostics(
     log_ratio: torch.Tensor, clip_coef: float, value: np.ndarray, target: np.ndarray
 ) -> dict[str, float | torch.Tensor]:
-    """Of a minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part that is clipped.
+    """Of the last minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part clipped.
 
-    Of a rollout (T, n_envs): the part of the targets' variance that the values explain.
+    Of a rollout (T, n_envs): the part of the targets' variance that the values before the update explain.
     """
     log_ratio = log_ratio.detach()
     ratio, unexplained = log_ratio.exp(), (target - value).var() / max(target.var(), 1e-30)
@@ -410,12 +411,14 @@ def train(args: Args, run: Run) -> dict[str, object]:
             b_log_prob = policy.log_prob(b_obs, b_action)
         scaled = reward_scale.scale(reward, done)
 
-        for _ in range(args.update_epochs):  # 5: for K epochs
+        for epoch in range(args.update_epochs):  # 5: for K epochs
             # 6: advantages
             with torch.no_grad():
                 value, next_value = (value_function(x).view(shape).cpu().numpy() for x in (b_obs, b_next_obs))
             advantage = gae(scaled, terminated, done, value, next_value, args.gamma, args.gae_lambda)
             target = advantage + value
+            if epoch == 0:
+                before = value, target
             # for each minibatch of the shuffled steps
             b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
             batch = b_obs, b_action, b_log_prob, b_advantage, b_target
@@ -436,9 +439,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 adam.step()
         obs_moments.update(obs)  # for the next rollout
         run.log({"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy})
-        run.log(
-            diagnostics(log_ratio, args.clip_coef, value, target) | {"charts/learning_rate": adam.param_groups[0]["lr"]}
-        )
+        run.log(diagnostics(log_ratio, args.clip_coef, *before) | {"charts/learning_rate": adam.param_groups[0]["lr"]})
         # 11: the learning rate falls linearly
         adam.param_groups[0]["lr"] = args.learning_rate * (1 - step / (iterations * size))
 

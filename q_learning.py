@@ -119,7 +119,7 @@ class Args:
 
     # The run
     seed: Natural = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
+    """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
     """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")

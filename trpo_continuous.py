@@ -24,11 +24,13 @@ Differs from the paper:
 - As in RL Zoo's settings of sb3-contrib: observations are normalised by their mean and variance so far and rewards
   divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
   normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before, so that a
-  state has one value; the next rollout acts with newer ones.
-- Rollouts of 1,024 steps and 20 epochs for V are Tianshou's; all other defaults are sb3-contrib's.
+  state has one value; the next rollout acts with newer ones, the first one on observations as they come, clipped.
+- Policy and V have two hidden layers of 64 units; the paper's policy has one of 30 or 50.
+- Rollouts of 1,024 steps and 20 epochs for V are Tianshou's; all other defaults are sb3-contrib's, but for Adam's
+  epsilon, which is PyTorch's.
 - The policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
-  asked about the unclipped one. Theirs are only clipped.
+  asked about the unclipped one. sb3-contrib only clips them.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
 """
@@ -91,7 +93,7 @@ LOG_FREQUENCY = 1  # steps between two records of losses: every iteration
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"
-    """an environment with vectors of observations and bounded vectors of actions; MODULE:NAME imports one of yours"""
+    """with vectors of observations and of bounded actions, and episodes that end; MODULE:NAME imports one of yours"""
     total_timesteps: Count = 1_000_000
     """steps to train for, of all environments together; the last ones that fill no rollout are left out"""
     num_envs: Count = 1
@@ -121,7 +123,7 @@ class Args:
 
     # The run
     seed: Natural = 1
-    """seed of the weights, the exploration, the replay's draws and the environment"""
+    """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
     """auto takes an accelerator where there is one"""
     runs_dir: Path = Path("runs")
@@ -408,8 +410,8 @@ def trust_region_step(
 
     x = conjugate_gradients(fisher_product, g, args.cg_steps)
     # 7: step beta
-    beta = (2 * args.target_kl / (x @ fisher_product(x)).clamp(min=1e-30)).sqrt()
-    # 8: line search
+    beta = (2 * args.target_kl / (x @ fisher_product(x))).sqrt()
+    # 8: line search; a step that is no number is neither better nor near
     theta_old = theta.detach().clone()
     for j in range(args.line_search_steps):
         theta.data.copy_(theta_old + args.line_search_shrink**j * beta * x)
@@ -467,7 +469,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
         target = advantage + value
         b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
         # 5 to 8: the surrogate's natural gradient, and a step along it that the line search accepts
-        said = trust_region_step(policy, theta, b_obs, b_action, normalise(b_advantage), args)
+        figures = trust_region_step(policy, theta, b_obs, b_action, normalise(b_advantage), args)
         # 9: fit V_phi
         for _ in range(args.update_epochs):
             for index in torch.from_numpy(rng.permutation(size)).to(device).chunk(args.num_minibatches):
@@ -477,7 +479,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 adam.step()
         obs_moments.update(obs)  # for the next rollout
         explained = 1 - (target - value).var() / max(target.var(), 1e-30)
-        run.log(said | {"losses/entropy": policy.entropy()})
+        run.log(figures | {"losses/entropy": policy.entropy()})
         run.log({"losses/value_loss": value_loss, "losses/explained_variance": explained})
 
     for env in envs:
