@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-MAX_ROWS = 5_000  # of a curve's file: under 100 KB
+MAX_ROWS = 2_000  # of a curve's file: under 40 KB
 SEEDS = 5  # from which on there are intervals
 NO_RUNS = {"logs", "summary"}  # folders beside the runs
 CURVES = {  # a file, its second column, and the tags of which a run has one (the later ones of older scripts)

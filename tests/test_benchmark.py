@@ -520,7 +520,7 @@ def test_published_runs_are_those_of_their_readme() -> None:
         told = json.loads((run_dir / "args.json").read_text())
         for name in given.keys() - {"resume"}:
             if name != "layer_norm_eps" or name in told:  # the first script had PyTorch's and no flag
-                asked = [json.loads(value) if re.match(r"[\d.]", value) else value for value in given[name]]
+                asked = [json.loads(value) if re.match(r"[\d.]", value) else value for value in given[name]] or [True]
                 assert asked == (told[name] if isinstance(told[name], list) else [told[name]]), f"{run_dir}: {name}"
         result = json.loads((run_dir / "result.json").read_text())
         assert (result["device"], result["torch_threads"]) == ("cpu", 1)
@@ -546,7 +546,7 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=12_345)
     run_dir = make_run(tmp_path, 1, list(values), 0.0)
     returns = summary.read_returns(run_dir)
-    assert len(returns) == 5_000
-    assert (run_dir / "returns.csv").stat().st_size < 100_000
+    assert len(returns) == 2_000
+    assert (run_dir / "returns.csv").stat().st_size < 40_000
     assert returns[-1, 0] == 1_000
-    assert returns[0, 1] == pytest.approx(values[:3].mean(), rel=1e-4)
+    assert returns[0, 1] == pytest.approx(values[:7].mean(), rel=1e-4)
