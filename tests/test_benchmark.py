@@ -519,9 +519,11 @@ def test_published_runs_are_those_of_their_readme() -> None:
         published.add(run_dir / "args.json")
         told = json.loads((run_dir / "args.json").read_text())
         for name in given.keys() - {"resume"}:
-            if name != "layer_norm_eps" or name in told:  # the first script had PyTorch's and no flag
-                asked = [json.loads(value) if re.match(r"[\d.]", value) else value for value in given[name]] or [True]
-                assert asked == (told[name] if isinstance(told[name], list) else [told[name]]), f"{run_dir}: {name}"
+            flag = name.removeprefix("no_")
+            if flag != "layer_norm_eps" or flag in told:  # the first script had PyTorch's and no flag
+                asked = [json.loads(value) if re.match(r"[\d.]", value) else value for value in given[name]]
+                wanted = told[flag] if isinstance(told[flag], list) else [told[flag]]
+                assert (asked or [flag == name]) == wanted, f"{run_dir}: {name}"
         result = json.loads((run_dir / "result.json").read_text())
         assert (result["device"], result["torch_threads"]) == ("cpu", 1)
     assert {*(ROOT / "results").rglob("args.json")} - published == {ROOT / "results" / "units" / "args.json"}
