@@ -201,6 +201,21 @@ def test_diagnostics_by_hand(script: ModuleType) -> None:
     assert said["losses/explained_variance"] == pytest.approx(1 - np.var([0, 0, 3]) / np.var([1, 2, 6]))
 
 
+def test_the_explained_variance_is_that_of_the_values_before_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though advantages, and values with them, are taken anew in each of three epochs."""
+    estimated, explained, gae, diagnostics = [], [], ppo.gae, ppo.diagnostics
+    monkeypatch.setattr(ppo, "gae", lambda *given: estimated.append(given[3]) or gae(*given))
+    monkeypatch.setattr(ppo, "diagnostics", lambda *given: explained.append(given[2]) or diagnostics(*given))
+    flags = {"num_steps": 64, "num_minibatches": 4, "update_epochs": 3, "total_timesteps": 128}
+    run = make_run(tmp_path, ppo, "Target-v0", **flags)
+    ppo.train(run.args, run)
+    assert len(estimated) == 6
+    assert all(np.array_equal(*pair) for pair in zip(explained, estimated[::3], strict=True))
+    assert not np.array_equal(estimated[0], estimated[2])
+
+
 def test_policy_is_a_gaussian() -> None:
     """Against torch.distributions; the means of a new one are near 0, and its standard deviation exp(-0.5)."""
     torch.manual_seed(0)

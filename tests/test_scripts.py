@@ -366,6 +366,17 @@ def test_weights_and_biases_not_installed(
     assert not list(tmp_path.glob("runs/*"))
 
 
+@agents_only
+def test_video_without_moviepy_is_refused_before_the_training(
+    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    message = message_of(importlib.import_module(script), ["--capture-video"], capsys, monkeypatch)
+    assert "moviepy" in message.lower()
+    assert not list(tmp_path.iterdir())
+
+
 # --- Bad input that is the same everywhere ----------------------------------------------------------------------------
 
 
