@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import ctypes
 import dataclasses
 import hashlib
 import importlib
@@ -712,6 +713,9 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = True
         torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's: else big arrays go back to the system each time
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: up to 32 MB they come from the heap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: of which 2 GB may lie free
 
     def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
         """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
