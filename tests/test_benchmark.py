@@ -124,7 +124,7 @@ def test_killed_with_its_runs_it_goes_on_to_the_same_bits_and_a_finished_run_sta
     finished, killed = (here / "runs" / name for name in NAMES)
     shutil.copytree(whole / NAMES[0], finished)
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
-    process = start(*PLANE, 1, 2, "--", *FLAGS, cwd=here, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = start(*PLANE, 2, "--", *FLAGS, cwd=here, stdout=subprocess.DEVNULL, start_new_session=True)
     wait_until((killed / "checkpoint.pt").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)

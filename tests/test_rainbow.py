@@ -19,8 +19,8 @@ OFF = ["--no-double-q", "--no-prioritised-replay", "--no-dueling", "--no-distrib
 
 
 def test_without_its_tricks_it_is_dqn(tmp_path: Path) -> None:
-    """The weights and the optimizer's moments after 15 updates are those of dqn_atari.py, to the bit."""
-    short = [*SHORT["dqn_atari"], "--total-timesteps", "250", "--train-frequency", "10", "--eval-episodes", "0"]
+    """The weights and the optimizer's moments after 10 updates are those of dqn_atari.py, to the bit."""
+    short = [*SHORT["dqn_atari"], "--total-timesteps", "200", "--train-frequency", "10", "--eval-episodes", "0"]
     settings = ["--n-step", "1", "--learning-rate", "1e-4", "--optimizer-eps", "1e-8", "--max-grad-norm", "1e9"]
     trained = []
     for script, flags in (("dqn_atari", []), ("rainbow_atari", [*OFF, *settings])):
