@@ -418,7 +418,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 value, next_value = (value_function(x).view(shape).cpu().numpy() for x in (b_obs, b_next_obs))
             advantage = gae(scaled, terminated, done, value, next_value, args.gamma, args.gae_lambda)
             target = advantage + value
-            if epoch == 0:
+            if epoch == 0:  # what V explains is logged as it was before the update
                 before = value, target
             # for each minibatch of the shuffled steps
             b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))

@@ -587,16 +587,14 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
             # 9: the target: double Q-learning, shrunk, shifted and projected
             chooser = q_network if args.double_q else target_network
             target = targets(rewards, discounts, next_obs, target_network, chooser)
-            # 10: one gradient step, and new priorities
+            # 10: one gradient step, and new priorities; of a squared error the root, |TD error|
             outputs = q_network(obs)[torch.arange(args.batch_size), actions]
             loss = losses(outputs, target)
             optimizer.zero_grad()
             (weights * loss).mean().backward()
             nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
             optimizer.step()
-            memory.update(
-                places, loss.detach() if args.distributional else loss.detach().sqrt()
-            )  # the root: |TD error|
+            memory.update(places, loss.detach() if args.distributional else loss.detach().sqrt())
             q_value = q_network.q_values(outputs.detach()[:, None]).mean()
             run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_value})
 

@@ -37,7 +37,9 @@ def test_a_window_longer_than_the_memory_is_refused(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--n-step", "1000000000000", "--total-timesteps", "30000"]
-    assert "--buffer-size >= 1000000000005" in message_of(rainbow, flags, capsys, monkeypatch)
+    message = message_of(rainbow, flags, capsys, monkeypatch)
+    assert "--n-step 1000000000000" in message
+    assert "--buffer-size >= 1000000000005" in message
 
 
 # --- Replay memory ----------------------------------------------------------------------------------------------------
