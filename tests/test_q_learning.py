@@ -239,8 +239,9 @@ def test_an_environment_that_gives_no_number_is_named(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    gym.register(f"Broken{what}-v0", Broken)
-    message = message_of(ql, ["--env-id", f"Broken{what}-v0"], capsys, monkeypatch)
+    gym.register(f"Broken{what}-v0", Broken, max_episode_steps=10)
+    flags = ["--env-id", f"Broken{what}-v0", "--total-timesteps", "100"]
+    message = message_of(ql, flags, capsys, monkeypatch)
     assert f"--env-id Broken{what}-v0: gave observation [" in message
     assert "nan" in message
     assert "learning-rate" not in message

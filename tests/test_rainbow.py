@@ -320,14 +320,14 @@ def make_run(tmp_path: Path, **flags: object) -> rainbow.Run:
 
 def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """beta at every update, against its line; weighted mean and clipped norm of the gradient, against Adam's input;
-    three draws of noise in an update and one in an action, for each of four layers."""
+    three draws of noise in an update and one in an action for each of four layers, by the CPU's generator."""
     play(Catch)
     betas, draws, norms = [], [0], []
     sample, randn, step = rainbow.RainbowMemory.sample, torch.randn, torch.optim.Adam.step
 
-    def count(*size: int, **options: object) -> torch.Tensor:
+    def count(*size: int) -> torch.Tensor:
         draws[0] += 1
-        return randn(*size, **options)
+        return randn(*size)
 
     def watch(optimizer: torch.optim.Adam) -> None:
         norms.append(sum((p.grad**2).sum().item() for p in optimizer.param_groups[0]["params"]) ** 0.5)
@@ -347,7 +347,8 @@ def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("distributional", [True, False])
 def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients and new priorities of three updates, against the weighted mean written out, with weights of our own."""
+    """Gradients, new priorities and logged values of three updates, against the weighted mean written out, with weights
+    of our own."""
     play(Catch)
     sample, targets = rainbow.RainbowMemory.sample, rainbow.targets
     step, update = torch.optim.Adam.step, rainbow.RainbowMemory.update
@@ -373,6 +374,8 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, mon
             now["priority"] = [
                 (abs((row - t).item()) + 1e-6) ** 0.5 for row, t in zip(rows, now["target"], strict=True)
             ]
+        values = [row.softmax(0) @ torch.linspace(-10, 10, 51) if distributional else row.sum() for row in rows]
+        now["value"] = sum(value.item() for value in values) / 8
         mean = sum((i + 1) / 8 * loss for i, loss in enumerate(losses)) / 8
         weights = list(now["network"].parameters())
         for weight, gradient in zip(weights, torch.autograd.grad(mean, weights), strict=True):
@@ -385,6 +388,11 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, mon
         assert memory.tree.levels[0].flat[list(expected)] == pytest.approx(list(expected.values()), rel=1e-3)
         seen.append(places)
 
+    def watch_log(_: rainbow.Run, scalars: dict) -> None:
+        if "losses/q_values" in scalars:
+            assert scalars["losses/q_values"].item() == pytest.approx(now["value"], rel=1e-3, abs=1e-5)
+
+    monkeypatch.setattr(rainbow.Run, "log", watch_log)
     monkeypatch.setattr(rainbow.RainbowMemory, "sample", watch_sample)
     monkeypatch.setattr(rainbow, "targets", watch_targets)
     monkeypatch.setattr(torch.optim.Adam, "step", watch_step)

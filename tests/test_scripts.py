@@ -128,6 +128,9 @@ def test_another_seed_is_another_run(script: str, tmp_path: Path) -> None:
         kill(script, "after", 2, *SHORT[script], "--run-name", seed, "--seed", seed, cwd=tmp_path)
     states = [torch.load(tmp_path / "runs" / seed / "checkpoint.pt", weights_only=True) for seed in ("1", "2")]
     assert not any(same(*(state[name] for state in states)) for name in ("rng", "torch_rng"))
+    for name in states[0]["parts"]:
+        if name.startswith("env"):  # each is still in its first episode, which its seed began
+            assert not same(*(state["parts"][name]["start"] for state in states))
     parts = {name: same(*(state["parts"][name] for state in states)) for name in states[0]["parts"]}
     assert {name for name, equal in parts.items() if equal} <= {"optimizer", "actor_adam", "critic_adam", "memory"}
 
@@ -372,7 +375,7 @@ def test_video_without_moviepy_is_refused_before_the_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    message = message_of(importlib.import_module(script), ["--capture-video"], capsys, monkeypatch)
+    message = message_of(importlib.import_module(script), [*SHORT[script], "--capture-video"], capsys, monkeypatch)
     assert "moviepy" in message.lower()
     assert not list(tmp_path.iterdir())
 
