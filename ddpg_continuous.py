@@ -85,13 +85,14 @@ with contextlib.suppress(ImportError):  # Gymnasium's model of HalfCheetah has a
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
 
 EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
+EVAL_MAX_STEPS = 100_000  # an episode of an evaluation ends there, for where it has no time limit
 LOG_FREQUENCY = 1_000  # steps between two records of losses
 
 
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"
-    """with vectors of observations and of bounded actions, and episodes that end; MODULE:NAME imports one of yours"""
+    """with vectors of observations and of bounded actions; MODULE:NAME imports one of yours"""
     total_timesteps: Count = 1_000_000
     """steps to train for"""
     learning_rate: Positive = 3e-4
@@ -191,7 +192,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
-    except (ImportError, gym.error.Error) as error:
+    except (ImportError, ValueError, gym.error.Error) as error:
         fail(
             f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
         )
@@ -355,11 +356,11 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
-        done = False
-        while not done:
+        for _ in range(EVAL_MAX_STEPS):
             obs, reward, terminated, truncated, _ = env.step(actor.act(obs))
             returns[episode] += reward
-            done = terminated or truncated
+            if terminated or truncated:
+                break
     env.close()
     return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
 
@@ -399,8 +400,8 @@ def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstruc
 
 Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
 Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
-Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
-NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-30, 1e30)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e30)]
 Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
 
 

@@ -474,8 +474,8 @@ def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstruc
 
 Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
 Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
-Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
-NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-30, 1e30)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e30)]
 Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
 
 

@@ -19,12 +19,14 @@ optimistic where rewards are negative: it explores without an epsilon (elsewhere
 
 A terminal state has no value. The end by a time limit is no terminal state: its target goes on with max_a' Q(s', a').
 
-DQN's two ideas are switches: `--replay` takes the mean of line 4 over a minibatch of past transitions, and
-`--target-network` takes max_a' from older weights, copied every so many steps.
+DQN's two ideas are switches: `--replay` takes the mean of line 4 over a minibatch of past transitions, from
+the first step on, and `--target-network` takes max_a' from older weights, copied every so many steps.
 
 `--env-id Baird-v0 --learning-rate 0.01 --gamma 0.99 --total-timesteps 1000` is Baird's star (Baird 1995; Sutton and
-Barto 2018, section 11.2): line 4 in expectation, swept over seven states, with rewards of 0 and weights that could say
-so, and yet they grow without bound. `--target-network`, or a gamma below 15/17, mends it.
+Barto 2018, section 11.2): the update of line 4 for state values, in expectation, swept over seven states, and
+off-policy: where line 4 has max_a', the target policy always goes to state 7. Rewards are 0 and weights could say so,
+and yet they grow without bound. A gamma below 15/17 mends it; so does `--target-network`, but slowly: with copies at
+least 80 sweeps apart, and from about sweep 2,000 on.
 """
 
 # /// script
@@ -76,6 +78,7 @@ from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
+EVAL_MAX_STEPS = 100_000  # an episode of an evaluation ends there, for where it has no time limit
 LOG_FREQUENCY = 100  # steps between two records of losses
 
 
@@ -84,17 +87,17 @@ class Args:
     env_id: str = "MountainCar-v0"
     """an environment with vectors of observations and finitely many actions, or Baird-v0"""
     max_episode_steps: Natural = 0
-    """time limit of an episode, in steps; 0: its own (Mountain Car's 200 hide the goal from a beginner)"""
+    """time limit of an episode, in steps; 0: its own (Mountain Car's 200 end most first episodes before the goal)"""
     total_timesteps: Count = 100_000
     """steps to train for; in Baird-v0, sweeps"""
     features: Literal["raw", "rbf", "tiles", "mlp"] = "tiles"
     """what Q is linear in, or mlp: a network of the scaled observation"""
     tilings: Count = 8
-    """grids of tile coding, each shifted against the others"""
+    """tilings, each shifted against the others: a power of 2, at least 4 times the dimensions of an observation"""
     tiles: Count = 8
-    """tiles of a grid in each dimension"""
+    """tiles of a tiling in each dimension"""
     rbf_features: Count = 400
-    """random cosines, whose inner products are Gaussian radial basis functions (Rahimi and Recht 2007)"""
+    """random cosines, whose inner products are near Gaussian radial basis functions (Rahimi and Recht 2007)"""
     hidden_sizes: tuple[Count, Count] = (120, 84)
     """units in the two hidden layers of the mlp"""
     learning_rate: Positive = 0.3
@@ -116,7 +119,7 @@ class Args:
     target_network: bool = False
     """take the values of next states from older weights"""
     target_network_frequency: Count = 500
-    """steps between two copies of the weights to the older ones"""
+    """steps between two updates of the target network"""
 
     # The run
     seed: Natural = 1
@@ -182,10 +185,10 @@ def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    options = {"max_episode_steps": args.max_episode_steps} if args.max_episode_steps else {}
+    options = {"render_mode": "rgb_array"} if video_dir else {}
     try:
-        env = gym.make(args.env_id, **options, **({"render_mode": "rgb_array"} if video_dir else {}))
-    except (ImportError, gym.error.Error) as error:
+        env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **options)
+    except (ImportError, ValueError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id))
     spaces = env.observation_space, env.action_space
     vector = isinstance(spaces[0], gym.spaces.Box) and len(spaces[0].shape) == 1
@@ -198,14 +201,14 @@ def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 
 class Scaled(nn.Module):
-    """Observations (batch, d_obs) to [-1, 1] in every dimension, between the bounds of their space.
+    """Observations (batch, d_obs) to [-1, 1] in every dimension, between the bounds of their space, and clipped there.
 
-    Where a dimension has none, as CartPole's velocities, they are taken to be -3 and 3.
+    Where a dimension lacks one, as CartPole's velocities, or both are the same, they are taken to be -3 and 3.
     """
 
     def __init__(self, space: gym.spaces.Box):
         super().__init__()
-        finite = (space.high < 1e6) & (space.low > -1e6)
+        finite = (space.high < 1e6) & (space.low > -1e6) & (space.low < space.high)
         low, high = np.where(finite, space.low, -3), np.where(finite, space.high, 3)
         self.register_buffer("low", torch.tensor(low, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(high, dtype=torch.float32))
@@ -217,57 +220,57 @@ class Scaled(nn.Module):
 class Raw(nn.Module):
     """The scaled observation and a 1, at a length of at most 1: (batch, d_obs + 1)."""
 
-    def __init__(self, d_obs: int):
+    def __init__(self, d_obs: int, args: Args):
         super().__init__()
-        self.width = d_obs + 1
+        self.n_features = d_obs + 1
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return F.pad(z, (0, 1), value=1.0) / math.sqrt(self.width)
+        return F.pad(z, (0, 1), value=1.0) / math.sqrt(self.n_features)
 
 
-class RadialBasis(nn.Module):
+class RandomFourier(nn.Module):
     """Random Fourier features of Gaussian kernels (Rahimi and Recht 2007): sqrt(2 / n) cos(w z + b).
 
-    In a kernel of width h, w is normal with standard deviation 1 / h and b uniform. Half of the features has a
-    width of each of `WIDTHS`, in units in which an observation has a range of 2.
+    For a kernel of width h, w is normal with standard deviation 1 / h and b uniform. Each of `WIDTHS`, in units in
+    which an observation has a range of 2, is the width of half of the features.
     """
 
     WIDTHS = (0.1, 0.3)
 
-    def __init__(self, d_obs: int, n: int):
+    def __init__(self, d_obs: int, args: Args):
         super().__init__()
-        self.width = n
+        self.n_features = n = args.rbf_features
         widths = torch.tensor(self.WIDTHS).repeat(math.ceil(n / len(self.WIDTHS)))[:n]
         self.register_buffer("w", torch.randn(d_obs, n) / widths)
         self.register_buffer("b", 2 * math.pi * torch.rand(n))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return math.sqrt(2 / self.width) * (z @ self.w + self.b).cos()
+        return math.sqrt(2 / self.n_features) * (z @ self.w + self.b).cos()
 
 
 class TileCoding(nn.Module):
-    """Of each of n grids the tile that an observation lies in (Sutton and Barto 2018, section 9.5.4).
+    """Of each of n tilings the tile that an observation lies in (Sutton and Barto 2018, section 9.5.4).
 
-    A tile is as wide as 1 / tiles of the range. Grid i is shifted by i / n of a tile times 1, 3, 5, ... in the first,
+    A tile is as wide as 1 / tiles of the range. Tiling i is shifted by i / n of a tile times 1, 3, 5, ... in the first,
     second, third, ... dimension. The feature of a tile is 1 / sqrt(n) inside and 0 elsewhere.
     """
 
-    def __init__(self, d_obs: int, tilings: int, tiles: int):
+    def __init__(self, d_obs: int, args: Args):
         super().__init__()
-        self.tilings, self.tiles = tilings, tiles
-        self.width = tilings * (tiles + 1) ** d_obs
-        shift = torch.arange(tilings)[:, None] * torch.arange(1, 2 * d_obs, 2) / tilings % 1
+        self.tilings, self.tiles = args.tilings, args.tiles
+        self.n_features = self.tilings * (self.tiles + 1) ** d_obs
+        shift = torch.arange(self.tilings)[:, None] * torch.arange(1, 2 * d_obs, 2) / self.tilings % 1
         self.register_buffer("shift", shift)
-        self.register_buffer("stride", (tiles + 1) ** torch.arange(d_obs))
+        self.register_buffer("stride", (self.tiles + 1) ** torch.arange(d_obs))
 
     def active(self, z: torch.Tensor) -> torch.Tensor:
         """Indices of the active tiles, int64 (batch, tilings)."""
-        place = ((z[:, None] + 1) / 2 * self.tiles + self.shift).floor().long().clamp(0, self.tiles)
-        grid = torch.arange(self.tilings, device=z.device) * (self.width // self.tilings)
-        return grid + (place * self.stride).sum(dim=2)
+        place = ((z[:, None] + 1) / 2 * self.tiles + self.shift).long()
+        first = torch.arange(self.tilings, device=z.device) * (self.n_features // self.tilings)
+        return first + (place * self.stride).sum(dim=2)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        features = torch.zeros(len(z), self.width, device=z.device)
+        features = torch.zeros(len(z), self.n_features, device=z.device)
         return features.scatter_(1, self.active(z), 1 / math.sqrt(self.tilings))
 
 
@@ -277,15 +280,12 @@ class QFunction(nn.Module):
     def __init__(self, args: Args, env: gym.Env):
         super().__init__()
         d_obs, n_actions, (first, second) = env.observation_space.shape[0], int(env.action_space.n), args.hidden_sizes
-        makers = {"raw": (Raw, d_obs), "rbf": (RadialBasis, d_obs, args.rbf_features)}
-        makers["tiles"] = TileCoding, d_obs, args.tilings, args.tiles
         if args.features == "mlp":
             hidden = nn.Linear(d_obs, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU()
             layers = *hidden, nn.Linear(second, n_actions)
         else:
-            maker, *sizes = makers[args.features]
-            features = maker(*sizes)
-            layers = features, nn.Linear(features.width, n_actions, bias=False)
+            features = {"raw": Raw, "rbf": RandomFourier, "tiles": TileCoding}[args.features](d_obs, args)
+            layers = features, nn.Linear(features.n_features, n_actions, bias=False)
             nn.init.zeros_(layers[-1].weight)
         self.layers = nn.Sequential(Scaled(env.observation_space), *layers)
 
@@ -296,17 +296,6 @@ class QFunction(nn.Module):
     def act(self, obs: np.ndarray) -> int:
         """argmax_a Q(s, a) for one observation, float32 (d_obs,)."""
         return int(self(torch.from_numpy(obs)[None].to(next(self.parameters()).device)).argmax())
-
-
-def as_vector(network: nn.Module) -> nn.Parameter:
-    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor."""
-    parameters = list(network.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weight, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        parameter.data, parameter.grad = weight.view_as(parameter), grad.view_as(parameter)
-    return vector
 
 
 class ReplayMemory:
@@ -349,17 +338,16 @@ def linear_schedule(start_e: float, end_e: float, duration: float, step: int) ->
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 
-def td_gradient_step(
-    theta: nn.Parameter, q_value: torch.Tensor, target: torch.Tensor, learning_rate: float
-) -> torch.Tensor:
+def td_gradient_step(q: nn.Module, q_value: torch.Tensor, target: torch.Tensor, learning_rate: float) -> torch.Tensor:
     """Line 4: theta -= alpha times the batch's mean of (Q(s, a) - y) grad Q(s, a); returns the mean of (Q - y)^2.
 
-    `q_value` (batch,) is a function of theta, a vector of weights; `target`, y (batch,), is not.
+    `q_value` (batch,) is a function of theta, the weights of `q`; `target`, y (batch,), is not.
     """
-    theta.grad.zero_()
+    q.zero_grad()
     loss = F.mse_loss(q_value, target)
     (loss / 2).backward()
-    theta.data.sub_(theta.grad, alpha=learning_rate)
+    for weight in q.parameters():
+        weight.data.sub_(weight.grad, alpha=learning_rate)
     return loss
 
 
@@ -371,24 +359,23 @@ def baird_features() -> torch.Tensor:
 
 
 def sweep_baird(args: Args, run: Run) -> dict[str, nn.Module]:
-    """Line 4 in expectation over Baird's seven states, from weights (1, 1, 1, 1, 1, 1, 10, 1); returns the weights.
+    """Line 4 for v, in expectation over Baird's seven states, from weights (1, 1, 1, 1, 1, 1, 10, 1), which it returns.
 
-    The policy in question always goes to the state 7; all states are visited equally often, as by another behaviour.
+    The target policy always goes to state 7; the behaviour policy visits all states equally often.
     """
     features = baird_features()
     value = nn.Linear(8, 1, bias=False).double()
-    theta = as_vector(value)
-    theta.data.copy_(torch.tensor([1.0] * 6 + [10.0, 1.0]))
-    older = copy.deepcopy(value).requires_grad_(False)
-    run.restore(value=value, older=older)
+    value.weight.data[0] = torch.tensor([1.0] * 6 + [10.0, 1.0])
+    target_value = copy.deepcopy(value) if args.target_network else value
+    run.restore(value=value, target_value=target_value)
     for step in run.steps(args.total_timesteps, value=value):
         with torch.no_grad():
-            target = args.gamma * (older if args.target_network else value)(features[6]).expand(7)
-        loss = td_gradient_step(theta, value(features).squeeze(1), target, args.learning_rate)
-        if args.target_network and step % args.target_network_frequency == 0:
-            older.load_state_dict(value.state_dict())
-        rms = (features @ theta.detach()).square().mean().sqrt()
-        run.log({"losses/td_loss": loss, "losses/value_rms": rms, "charts/w_8": theta[7]})
+            target = args.gamma * target_value(features[6]).expand(7)
+        loss = td_gradient_step(value, value(features).squeeze(1), target, args.learning_rate)
+        if step % args.target_network_frequency == 0:
+            target_value.load_state_dict(value.state_dict())
+        rms = value(features).square().mean().sqrt()
+        run.log({"losses/td_loss": loss, "losses/value_rms": rms, "charts/w_8": value.weight[0, 7]})
     return {"value": value}
 
 
@@ -396,12 +383,11 @@ def surface(q_function: QFunction) -> Figure:
     """The cost to go, -max_a Q(s, a), over two-dimensional observations, as in Sutton and Barto's figure 10.1."""
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()
-    (left, bottom), (right, top) = q_function.layers[0].low.tolist(), q_function.layers[0].high.tolist()
-    x, y = np.meshgrid(np.linspace(left, right, 60), np.linspace(bottom, top, 60))
-    grid = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32))
+    low, high = q_function.layers[0].low, q_function.layers[0].high
+    x, y = (torch.linspace(low[i], high[i], 60, device=low.device) for i in (0, 1))
     with torch.no_grad():
-        cost = -q_function(grid.to(next(q_function.parameters()).device)).max(dim=1).values.cpu().numpy()
-    figure.colorbar(axes.pcolormesh(x, y, cost.reshape(x.shape)))
+        cost = -q_function(torch.cartesian_prod(x, y)).amax(dim=1).view(60, 60).T
+    figure.colorbar(axes.pcolormesh(*(array.cpu().numpy() for array in (x, y, cost))))
     axes.set(xlabel="first dimension", ylabel="second dimension", title="cost to go")
     return figure
 
@@ -413,15 +399,16 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
     rng, device, env = run.rng, run.device, make_discrete_env(args)
     # 1: initialise Q_theta
     q_function = QFunction(args, env).to(device)
-    older = copy.deepcopy(q_function).requires_grad_(False)
-    theta, d_obs = as_vector(q_function), env.observation_space.shape[0]
+    target_network = copy.deepcopy(q_function) if args.target_network else q_function
+    d_obs = env.observation_space.shape[0]
     capacity = min(args.buffer_size, args.total_timesteps) if args.replay else 1
     slots = capacity + min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
     memory = ReplayMemory(capacity, run.map_file("transitions", np.float32, (slots, 2 * d_obs + 3)), d_obs, rng, device)
 
-    if not run.restore(env=env, memory=memory, q_function=q_function, older=older):
+    if not run.restore(env=env, memory=memory, q_function=q_function, target_network=target_network):
         env.reset(seed=int(rng.integers(2**31)))
 
+    drawn = {2**k for k in range(8, 62)} | {args.total_timesteps}  # steps with a picture of the cost to go
     for step in run.steps(args.total_timesteps, q_function=q_function):  # 2: while not done
         # 3: the behaviour policy gives (s, a, s', r)
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
@@ -435,15 +422,14 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
         # 4: theta = theta - alpha (Q(s, a) - r - gamma max_a' Q(s', a')) grad Q(s, a), with --replay its mean
         s, a, r, terminal, s_next = memory.sample(args.batch_size if args.replay else 1)
         with torch.no_grad():
-            next_q = (older if args.target_network else q_function)(s_next)
-        target = r + args.gamma * (1 - terminal) * next_q.max(dim=1).values
+            target = r + args.gamma * (1 - terminal) * target_network(s_next).amax(dim=1)
         q_value = q_function(s).gather(1, a.long()).squeeze(1)
-        loss = td_gradient_step(theta, q_value, target, args.learning_rate)
-        if args.target_network and step % args.target_network_frequency == 0:
-            older.load_state_dict(q_function.state_dict())
+        loss = td_gradient_step(q_function, q_value, target, args.learning_rate)
+        if step % args.target_network_frequency == 0:
+            target_network.load_state_dict(q_function.state_dict())
 
         run.log({"losses/td_loss": loss, "losses/q_values": q_value.mean(), "charts/epsilon": epsilon})
-        if d_obs == 2 and step >= 256 and step & (step - 1) == 0:  # 256, 512, 1024, ...
+        if d_obs == 2 and step in drawn:
             run.writer.add_figure("cost_to_go", surface(q_function), step)
 
     env.close()
@@ -462,25 +448,25 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
-        done = False
-        while not done:
+        for _ in range(EVAL_MAX_STEPS):
             obs, reward, terminated, truncated, _ = env.step(q_function.act(obs))
             returns[episode] += reward
-            done = terminated or truncated
+            if terminated or truncated:
+                break
     env.close()
     return {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
 
 
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
-    if args.replay and args.buffer_size < args.batch_size:
-        fail(f"--buffer-size {args.buffer_size}: must be at least --batch-size {args.batch_size}")
     if args.env_id == "Baird-v0":
+        if args.max_episode_steps or args.replay or args.capture_video:
+            fail("--env-id Baird-v0: is swept, and has no --max-episode-steps, --replay or --capture-video")
         return args.env_id
     with make_discrete_env(args) as env:
         size = args.tilings * (args.tiles + 1) ** env.observation_space.shape[0]
-    if args.features == "tiles" and size > 10**7:
-        fail(f"--tiles {args.tiles}: makes {size:,} features; take fewer, or --features rbf")
+    if args.features == "tiles" and size > 10**6:
+        fail(f"--tilings {args.tilings} --tiles {args.tiles}: make {size:,} features; take fewer, or --features rbf")
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -511,8 +497,8 @@ def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstruc
 
 Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
 Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
-Positive = Annotated[float, number(float, "FLOAT > 0", 1e-300, 1e300)]
-NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e300)]
+Positive = Annotated[float, number(float, "FLOAT > 0", 1e-30, 1e30)]
+NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e30)]
 Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]
 
 

@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from common import message_of, read_events, scalars
+from torch import nn
 
 import q_learning as ql
 
@@ -29,13 +31,15 @@ def test_observations_are_scaled_between_their_bounds() -> None:
 
 
 def test_raw_features_have_a_constant() -> None:
-    assert ql.Raw(2)(torch.tensor([[0.5, -1.0]])).tolist() == [pytest.approx([x / math.sqrt(3) for x in (0.5, -1, 1)])]
+    assert ql.Raw(2, ql.Args())(torch.tensor([[0.5, -1.0]])).tolist() == [
+        pytest.approx([x / math.sqrt(3) for x in (0.5, -1, 1)])
+    ]
 
 
-@pytest.mark.parametrize(("d_obs", "tilings", "tiles"), [(1, 4, 3), (2, 8, 8), (3, 5, 2)])
+@pytest.mark.parametrize(("d_obs", "tilings", "tiles"), [(1, 4, 3), (2, 8, 8), (3, 16, 2)])
 def test_tile_coding_is_that_of_the_book(d_obs: int, tilings: int, tiles: int) -> None:
-    """By plain loops: in grid i the place in dimension k, in tiles, is shifted by (2 k + 1) i / n, modulo 1."""
-    coding, rng = ql.TileCoding(d_obs, tilings, tiles), np.random.default_rng(0)
+    """By plain loops: in tiling i the place in dimension k, in tiles, is shifted by (2 k + 1) i / n, modulo 1."""
+    coding, rng = ql.TileCoding(d_obs, ql.Args(tilings=tilings, tiles=tiles)), np.random.default_rng(0)
     z = rng.uniform(-1, 1, (200, d_obs)).astype(np.float32)
     z[:2] = [[-1], [1]]  # the corners
     active = coding.active(torch.from_numpy(z)).numpy()
@@ -47,7 +51,7 @@ def test_tile_coding_is_that_of_the_book(d_obs: int, tilings: int, tiles: int) -
             ]
             assert tiles_of.setdefault((i, *place), index) == index
     assert len(set(tiles_of.values())) == len(tiles_of)  # different tiles, different features
-    assert 0 <= active.min() <= active.max() < coding.width == tilings * (tiles + 1) ** d_obs
+    assert 0 <= active.min() <= active.max() < coding.n_features == tilings * (tiles + 1) ** d_obs
     features = coding(torch.from_numpy(z))
     assert ((features > 0).sum(1) == tilings).all()
     torch.testing.assert_close(features.norm(dim=1), torch.ones(200))
@@ -56,10 +60,11 @@ def test_tile_coding_is_that_of_the_book(d_obs: int, tilings: int, tiles: int) -
 def test_cosines_are_radial_basis_functions() -> None:
     """Inner products of features near the mean of Gaussian kernels, exp(-|x - y|^2 / (2 h^2)), of all widths h."""
     torch.manual_seed(0)
-    basis, z = ql.RadialBasis(2, 100_000), torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.2, -0.2], [1.0, 1.0]])
+    z = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.2, -0.2], [1.0, 1.0]])
+    basis = ql.RandomFourier(2, ql.Args(rbf_features=100_000))
     products, distance = basis(z) @ basis(z).T, torch.cdist(z, z)
     kernel = sum((-(distance**2) / (2 * h**2)).exp() for h in basis.WIDTHS) / len(basis.WIDTHS)
-    torch.testing.assert_close(products, kernel, atol=0.015, rtol=0)  # four standard deviations
+    torch.testing.assert_close(products, kernel, atol=0.015, rtol=0)  # over four standard deviations
 
 
 # --- Line 4 -----------------------------------------------------------------------------------------------------------
@@ -71,26 +76,27 @@ def test_a_step_is_the_listings_line(features: str) -> None:
     torch.manual_seed(0)
     env = gym.make("MountainCar-v0")
     q_function = ql.QFunction(ql.Args(features=features), env)
-    theta = ql.as_vector(q_function)
-    theta.data += 0.1 * torch.randn(len(theta))
+    theta = nn.utils.parameters_to_vector(q_function.parameters()).detach()
+    theta += 0.1 * torch.randn(len(theta))
+    nn.utils.vector_to_parameters(theta.clone(), q_function.parameters())
     obs, action = torch.tensor([[-0.5, 0.01], [0.3, -0.02], [-1.2, 0.0]]), torch.tensor([2, 0, 2])
-    target, before, change = torch.tensor([-7.0, 3.0, 0.0]), theta.detach().clone(), 0
+    target, change = torch.tensor([-7.0, 3.0, 0.0]), 0
     for s, a, y in zip(obs, action, target, strict=True):
         q = q_function(s[None])[0, a]
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(q, list(q_function.parameters()))])
         change = change + (q.detach() - y) * gradient / 3
     q_value = q_function(obs).gather(1, action[:, None]).squeeze(1)
-    loss = ql.td_gradient_step(theta, q_value, target, 0.3)
-    torch.testing.assert_close(theta.detach(), before - 0.3 * change)
+    loss = ql.td_gradient_step(q_function, q_value, target, 0.3)
+    after = nn.utils.parameters_to_vector(q_function.parameters()).detach()
+    torch.testing.assert_close(after, theta - 0.3 * change)
     torch.testing.assert_close(loss.detach(), ((q_value - target) ** 2).mean().detach())
 
 
 @pytest.mark.parametrize("features", ["raw", "tiles", "rbf"])
 def test_linear_values_begin_at_0_and_alpha_is_the_part_of_an_error_that_goes(features: str) -> None:
     q_function, obs = ql.QFunction(ql.Args(features=features), gym.make("MountainCar-v0")), torch.tensor([[0.6, 0.07]])
-    theta = ql.as_vector(q_function)
     assert not q_function(obs).any()
-    ql.td_gradient_step(theta, q_function(obs)[:, 1], torch.tensor([-10.0]), 0.25)
+    ql.td_gradient_step(q_function, q_function(obs)[:, 1], torch.tensor([-10.0]), 0.25)
     low = {"rbf": -2.5 * 1.3}.get(features, -2.5 * 1.001)  # the length of random cosines is only about 1
     assert low <= q_function(obs)[0, 1] <= -2.5 * (0.7 if features == "rbf" else 0.999)
 
@@ -103,10 +109,12 @@ class Corridor(gym.Env):
 
     metadata = {"render_modes": []}  # noqa: RUF012
     observation_space, action_space = gym.spaces.Box(0, 4, (1,)), gym.spaces.Discrete(2)
+    starts: ClassVar = []
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self.place = int(self.np_random.integers(4))
+        self.starts.append(self.place)
         return np.float32([self.place]), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -114,18 +122,27 @@ class Corridor(gym.Env):
         return np.float32([self.place]), -1.0, self.place == 4, False, {}
 
 
+class From1(Corridor):
+    """Has actions 1 and 2."""
+
+    action_space = gym.spaces.Discrete(2, start=1)
+
+
 gym.register("Corridor-v0", "test_q_learning:Corridor", max_episode_steps=3)
+gym.register("From1-v0", "test_q_learning:From1")
 
 
+@pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("target_network", [False, True])
-def test_a_training_by_hand(target_network: bool, tmp_path: Path) -> None:
+def test_a_training_by_hand(target_network: bool, replay: bool, tmp_path: Path) -> None:
     """150 steps of the listing in numpy, on features (z, 1) / sqrt 2: episodes end at 4, or are cut after 3 steps."""
     flags = {"features": "raw", "learning_rate": 0.2, "gamma": 0.9, "start_e": 1.0, "end_e": 0.1, "seed": 5}
     flags |= {"target_network": target_network, "target_network_frequency": 7, "exploration_fraction": 0.5}
+    flags |= {"replay": replay, "buffer_size": 9, "batch_size": 4}
     run = make_run(tmp_path, "Corridor-v0", 150, **flags)
     model = ql.train(run.args, run)
 
-    rng, env, ends = np.random.default_rng(5), gym.make("Corridor-v0"), []
+    rng, env, ends, past = np.random.default_rng(5), gym.make("Corridor-v0"), [], []
     env.reset(seed=int(rng.integers(2**31)))
     (place,), _ = env.reset()
     w = older = np.zeros((2, 2))
@@ -134,11 +151,13 @@ def test_a_training_by_hand(target_network: bool, tmp_path: Path) -> None:
         x = np.array([place / 2 - 1, 1]) / np.sqrt(2)
         action = int(rng.integers(2)) if rng.random() < epsilon else int((w @ x).argmax())
         (after,), reward, terminated, truncated, _ = env.step(action)
-        rng.integers(step - 1, step, 1)  # the draw from a memory of one
-        ahead = (older if target_network else w) @ (np.array([after / 2 - 1, 1]) / np.sqrt(2))
-        y = reward if terminated else reward + 0.9 * ahead.max()
-        w = w.copy()
-        w[action] -= 0.2 * (w[action] @ x - y) * x
+        past.append((x, action, reward, terminated, np.array([after / 2 - 1, 1]) / np.sqrt(2)))
+        change = np.zeros((2, 2))
+        batch = rng.integers(max(0, step - 9), step, 4) if replay else rng.integers(step - 1, step, 1)
+        for x, a, r, terminal, x_next in (past[i] for i in batch):
+            y = r if terminal else r + 0.9 * ((older if target_network else w) @ x_next).max()
+            change[a] += (w[a] @ x - y) * x / len(batch)
+        w = w - 0.2 * change
         older = w if step % 7 == 0 else older
         place = env.reset()[0][0] if terminated or truncated else after
         ends.append((terminated, truncated))
@@ -159,12 +178,39 @@ def test_it_learns_to_leave_the_corridor(flags: dict, tmp_path: Path) -> None:
     torch.testing.assert_close(values, torch.tensor([-4.0, -3.0, -2.0, -1.0]), atol=0.3, rtol=0)
 
 
+def test_an_evaluation_plays_greedily_and_sums_the_rewards() -> None:
+    """By weights with which it always goes up, minus the steps to the end or to the cut after 3; always down, -3."""
+    args = ql.Args(env_id="Corridor-v0", features="raw", eval_episodes=20)
+    state = ql.QFunction(args, gym.make("Corridor-v0")).state_dict()
+    for weights, always_up in (([[0.0, 0.0], [0.0, 1.0]], True), ([[0.0, 1.0], [0.0, 0.0]], False)):
+        state["layers.2.weight"] = torch.tensor(weights)
+        figures = ql.evaluate(args, {"q_function": state}, torch.device("cpu"), None)
+        returns = [max(place - 4, -3) if always_up else -3 for place in Corridor.starts[-20:]]
+        assert figures["eval_return_mean"] == pytest.approx(np.mean(returns))
+        assert figures["eval_return_std"] == pytest.approx(np.std(returns))
+
+
 def test_a_surface_is_drawn_of_two_dimensions(tmp_path: Path) -> None:
     run = make_run(tmp_path, "MountainCar-v0", 600, max_episode_steps=1000)
     ql.train(run.args, run)
     run.writer.close()
-    assert [event.step for event in read_events(run.dir).Images("cost_to_go")] == [256, 512]
+    assert [event.step for event in read_events(run.dir).Images("cost_to_go")] == [256, 512, 600]
     assert run.progress["episodes"] == {0: (-600.0, 600)}  # not the environment's limit of 200
+
+
+def test_the_surface_is_minus_the_best_value() -> None:
+    """With linear values, of known slopes and the larger of two: the corners and the middle of Mountain Car's plane."""
+    q_function = ql.QFunction(ql.Args(features="raw"), gym.make("MountainCar-v0"))
+    q_function.layers[-1].weight.data = torch.tensor([[1.0, 4.0, 10.0], [-1.0, -4.0, 2.0], [-1.0, -4.0, 2.0]])
+    (mesh, *_), bounds = (axes := ql.surface(q_function).axes[0]).collections, ((-1.2, 0.6), (-0.07, 0.07))
+    cost = mesh.get_array() * math.sqrt(3)  # rows of one velocity, from the lowest up
+    assert [cost[0, 0], cost[0, -1], cost[-1, 0], cost[-1, -1]] == pytest.approx([-7, -7, -13, -15], abs=1e-4)
+    assert [axes.get_xlim(), axes.get_ylim()] == [pytest.approx(bound, rel=0.05) for bound in bounds]
+
+
+def test_the_hidden_layers_have_their_sizes() -> None:
+    q_function = ql.QFunction(ql.Args(features="mlp", hidden_sizes=(3, 5)), gym.make("MountainCar-v0"))
+    assert [tuple(p.shape) for p in q_function.parameters()] == [(3, 2), (3,), (5, 3), (5,), (3, 5), (3,)]
 
 
 # --- Baird's star -----------------------------------------------------------------------------------------------------
@@ -188,6 +234,7 @@ def test_bairds_star_diverges_as_computed(tmp_path: Path) -> None:
     np.testing.assert_allclose(weights, w)
     assert weights[7] == pytest.approx(335.00, abs=0.01)
     assert scalars(run.dir, "losses/value_rms")[-1] == (1_000, pytest.approx(581.4, abs=0.05))
+    assert scalars(run.dir, "eval/value_rms") == [(500, scalars(run.dir, "losses/value_rms")[4][1])]
 
 
 @pytest.mark.parametrize("flags", [{"gamma": 0.8}, {"gamma": 0.99, "target_network": True}])
@@ -200,6 +247,20 @@ def test_what_mends_it(flags: dict, tmp_path: Path) -> None:
     assert max(values) < 30
 
 
+def test_bairds_star_with_a_target_network(tmp_path: Path) -> None:
+    """By numpy, with a copy every 300 sweeps."""
+    flags = {"gamma": 0.99, "learning_rate": 0.01, "target_network": True, "target_network_frequency": 300}
+    run = make_run(tmp_path, "Baird-v0", 1_000, **flags)
+    weights = ql.train(run.args, run)["value"].weight.detach().numpy()[0]
+    features = np.hstack([2 * np.eye(7), np.ones((7, 1))])
+    features[6] = [0, 0, 0, 0, 0, 0, 1, 2]
+    w = older = np.array([1.0] * 6 + [10.0, 1.0])
+    for sweep in range(1, 1_001):
+        w = w - 0.01 / 7 * (features @ w - 0.99 * features[6] @ older) @ features
+        older = w if sweep % 300 == 0 else older
+    np.testing.assert_allclose(weights, w)
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -208,9 +269,9 @@ BAD = [
     ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions"),
     ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
     ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
-    ("--env-id Acrobot-v1 --tiles 20", "--tiles 20: makes 686,128,968 features"),
-    ("--env-id MountainCar-v0 --capture-video --max-episode-steps 0 --replay --buffer-size 2", "--buffer-size 2"),
-    ("--replay --buffer-size 100", "--buffer-size 100: must be at least --batch-size 128"),
+    ("--env-id test_q_learning:From1-v0", "needs vectors (Box) of observations and Discrete actions"),
+    ("--env-id Acrobot-v1", "--tilings 8 --tiles 8: make 4,251,528 features"),
+    ("--env-id Baird-v0 --replay", "has no --max-episode-steps, --replay or --capture-video"),
 ]
 
 

@@ -269,6 +269,21 @@ def test_evaluation_repeats_and_records_video(script: str, finished: Path, tmp_p
     assert (tmp_path / "videos" / "film.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("script", [name for name in AGENTS if "atari" not in name], indirect=True)
+def test_an_evaluation_ends_where_an_episode_does_not(
+    script: str, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many steps; Atari's, after so many frames by ALE's own limit."""
+    module, content = importlib.import_module(script), torch.load(finished / "model.pt", weights_only=True)
+    args = module.Args(**content["args"])
+    taken = []
+    for limit in (1, 2, 10**9):
+        monkeypatch.setattr(module, "EVAL_MAX_STEPS", limit)
+        taken.append(module.evaluate(args, content, torch.device("cpu"), None)["eval_return_mean"])
+    assert len(set(taken)) == 3
+    assert taken[0] > taken[1] > taken[2]
+
+
 def test_one_process_at_a_time_has_the_folder(
     script: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
