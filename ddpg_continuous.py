@@ -189,13 +189,14 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    if not re.fullmatch(r"(\w[\w.]*:)?[^:]+", args.env_id):
+        fail(f"--env-id {args.env_id}: must be NAME or MODULE:NAME")
     atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
-    except (ImportError, ValueError, gym.error.Error) as error:
-        fail(
-            f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
-        )
+    except (ImportError, gym.error.Error) as error:
+        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
+        fail(f"--env-id {args.env_id}: {error}{hint}")
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):

@@ -323,7 +323,7 @@ def clipped_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_coef: fl
 
 
 def normalise(advantage: torch.Tensor) -> torch.Tensor:
-    """The advantages of a minibatch, (batch,), at mean 0 and standard deviation 1."""
+    """Advantages, (batch,), at mean 0 and standard deviation 1."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -448,9 +448,7 @@ def check(args: Args) -> str:
     if size > args.total_timesteps:
         fail(f"--num-envs {args.num_envs} --num-steps {args.num_steps}: a rollout must not exceed --total-timesteps")
     if size % args.num_minibatches or size == args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout, into 2 or more each"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout into 2 or more each")
     return args.env_id
 
 

@@ -199,13 +199,14 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    if not re.fullmatch(r"(\w[\w.]*:)?[^:]+", args.env_id):
+        fail(f"--env-id {args.env_id}: must be NAME or MODULE:NAME")
     atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
-    except (ImportError, ValueError, gym.error.Error) as error:
-        fail(
-            f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
-        )
+    except (ImportError, gym.error.Error) as error:
+        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
+        fail(f"--env-id {args.env_id}: {error}{hint}")
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
@@ -303,17 +304,6 @@ class Policy(nn.Module):
         return mean
 
 
-class ValueFunction(nn.Module):
-    """V_phi: observations (batch, d_obs) to values (batch,)."""
-
-    def __init__(self, d_obs: int):
-        super().__init__()
-        self.value = mlp(d_obs, 1, gain=1.0)
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.value(obs).squeeze(1)
-
-
 def as_vector(network: nn.Module) -> nn.Parameter:
     """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor."""
     parameters = list(network.parameters())
@@ -353,7 +343,7 @@ def clipped_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_coef: fl
 
 
 def normalise(advantage: torch.Tensor) -> torch.Tensor:
-    """The advantages of a minibatch, (batch,), at mean 0 and standard deviation 1."""
+    """Advantages, (batch,), at mean 0 and standard deviation 1."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -376,7 +366,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
     rng, device, envs = run.rng, run.device, [make_env(args) for _ in range(args.num_envs)]
     d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     # 1: initialise policy pi_theta and value function V_phi
-    policy, value_function = Policy(d_obs, d_action).to(device), ValueFunction(d_obs).to(device)
+    policy, value_function = Policy(d_obs, d_action).to(device), mlp(d_obs, 1, gain=1.0).to(device)
     weights = as_vector(nn.ModuleList([policy, value_function]))
     adam = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
@@ -432,7 +422,8 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 # 8: L_CLIP
                 policy_loss = clipped_loss(log_ratio, normalise(mb_advantage), args.clip_coef)
                 # 9: value loss and entropy
-                value_loss, entropy = F.mse_loss(value_function(mb_obs), mb_target) / 2, policy.entropy()
+                value_loss = F.mse_loss(value_function(mb_obs).squeeze(1), mb_target) / 2
+                entropy = policy.entropy()
                 loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
                 # 10: one step of Adam, the gradient's norm clipped
                 weights.grad.zero_()
@@ -477,9 +468,7 @@ def check(args: Args) -> str:
     if size > args.total_timesteps:
         fail(f"--num-envs {args.num_envs} --num-steps {args.num_steps}: a rollout must not exceed --total-timesteps")
     if size % args.num_minibatches or size == args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout, into 2 or more each"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout into 2 or more each")
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -185,10 +185,12 @@ def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if not re.fullmatch(r"(\w[\w.]*:)?[^:]+", args.env_id):
+        fail(f"--env-id {args.env_id}: must be NAME or MODULE:NAME")
     options = {"render_mode": "rgb_array"} if video_dir else {}
     try:
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **options)
-    except (ImportError, ValueError, gym.error.Error) as error:
+    except (ImportError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id))
     spaces = env.observation_space, env.action_space
     vector = isinstance(spaces[0], gym.spaces.Box) and len(spaces[0].shape) == 1

@@ -19,15 +19,17 @@ Trust region policy optimisation. The numbers stand again in `train`, where each
 
 Differs from the paper:
 - Advantages are estimated as in Schulman et al. 2016 with a fitted value function; the paper takes returns.
-- F has `--cg-damping` added on its diagonal, as in the authors' code (OpenAI's baselines).
+- F has `--cg-damping` added on its diagonal, as in OpenAI's baselines, and is that of all states of a rollout; the
+  paper takes a tenth of them.
 - A terminal state has no value. The end by a time limit is no terminal state: delta_t takes V of its true last state.
 - As in RL Zoo's settings of sb3-contrib: observations are normalised by their mean and variance so far and rewards
   divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
   normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before, so that a
   state has one value; the next rollout acts with newer ones, the first one on observations as they come, clipped.
 - Policy and V have two hidden layers of 64 units; the paper's policy has one of 30 or 50.
-- Rollouts of 1,024 steps and 20 epochs for V are Tianshou's; all other defaults are sb3-contrib's, but for Adam's
-  epsilon, which is PyTorch's.
+- Rollouts of 1,024 steps are Tianshou's, 20 epochs for V RL Zoo's; all other defaults are sb3-contrib's, but for Adam's
+  epsilon, which is PyTorch's. The KL of a state is here the sum over the dimensions of the action, in sb3-contrib their
+  mean: its delta of 0.01 is 0.01 times the dimensions here, and its damping likewise.
 - The policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
   asked about the unclipped one. sb3-contrib only clips them.
@@ -200,13 +202,14 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     """The environment; with a `video_dir`, every episode is recorded there, without a screen."""
     if "DISPLAY" not in os.environ and sys.platform == "linux":
         os.environ |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"} | os.environ
+    if not re.fullmatch(r"(\w[\w.]*:)?[^:]+", args.env_id):
+        fail(f"--env-id {args.env_id}: must be NAME or MODULE:NAME")
     atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
-    except (ImportError, ValueError, gym.error.Error) as error:
-        fail(
-            f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
-        )
+    except (ImportError, gym.error.Error) as error:
+        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
+        fail(f"--env-id {args.env_id}: {error}{hint}")
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
@@ -304,28 +307,6 @@ class Policy(nn.Module):
         return mean
 
 
-class ValueFunction(nn.Module):
-    """V_phi: observations (batch, d_obs) to values (batch,)."""
-
-    def __init__(self, d_obs: int):
-        super().__init__()
-        self.value = mlp(d_obs, 1, gain=1.0)
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.value(obs).squeeze(1)
-
-
-def as_vector(network: nn.Module) -> nn.Parameter:
-    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor."""
-    parameters = list(network.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    vector.grad = torch.zeros_like(vector)
-    for parameter, weight, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
-        parameter.data, parameter.grad = weight.view_as(parameter), grad.view_as(parameter)
-    return vector
-
-
 def gae(
     reward: np.ndarray,
     terminated: np.ndarray,
@@ -348,7 +329,7 @@ def gae(
 
 
 def normalise(advantage: torch.Tensor) -> torch.Tensor:
-    """The advantages of a minibatch, (batch,), at mean 0 and standard deviation 1."""
+    """Advantages, (batch,), at mean 0 and standard deviation 1."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -371,24 +352,26 @@ def gaussian_kl(
 def conjugate_gradients(
     product: Callable[[torch.Tensor], torch.Tensor], g: torch.Tensor, steps: int, tolerance: float = 1e-10
 ) -> torch.Tensor:
-    """x with F x = g, for a positive definite F of which only v -> F v is known (Hestenes and Stiefel 1952)."""
-    x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
-    squared = residual @ residual
+    """x with F x = g, for a positive definite F of which only v -> F v is known (Hestenes and Stiefel 1952).
+
+    It is nearly that after `steps` products, or when the squared norm of g - F x is below the tolerance.
+    """
+    x, residual, direction = torch.zeros_like(g), g, g
     for _ in range(steps):
+        squared = residual @ residual
         if squared < tolerance:
             break
         along = product(direction)
         length = squared / (direction @ along)
         x, residual = x + length * direction, residual - length * along
-        before, squared = squared, residual @ residual
-        direction = residual + squared / before * direction
+        direction = residual + residual @ residual / squared * direction
     return x
 
 
 def trust_region_step(
-    policy: Policy, theta: nn.Parameter, obs: torch.Tensor, action: torch.Tensor, advantage: torch.Tensor, args: Args
+    policy: Policy, obs: torch.Tensor, action: torch.Tensor, advantage: torch.Tensor, args: Args
 ) -> dict[str, float | torch.Tensor]:
-    """Lines 5 to 8: changes theta, the weights of the policy as a vector, or leaves it to the bit; returns what to log.
+    """Lines 5 to 8: changes theta, the weights of the policy, or leaves them to the bit; returns what to log.
 
     Takes observations (batch, d_obs), unclipped actions (batch, d_action) and normalised advantages (batch,).
     """
@@ -414,15 +397,16 @@ def trust_region_step(
     # 7: step beta
     beta = (2 * args.target_kl / (x @ fisher_product(x))).sqrt()
     # 8: line search; a step that is no number is neither better nor near
-    theta_old = theta.detach().clone()
+    weights = list(policy.parameters())
+    theta_old = nn.utils.parameters_to_vector(weights).detach()
     for j in range(args.line_search_steps):
-        theta.data.copy_(theta_old + args.line_search_shrink**j * beta * x)
+        nn.utils.vector_to_parameters(theta_old + args.line_search_shrink**j * beta * x, weights)
         with torch.no_grad():
             after, divergence, trials = surrogate(), kl(), j + 1
         if after > before and divergence <= args.target_kl:
             break
     else:
-        theta.data.copy_(theta_old)
+        nn.utils.vector_to_parameters(theta_old, weights)
         after, divergence, trials = before.detach(), 0.0, 0
     return {"losses/policy_loss": -after, "losses/kl": divergence, "losses/line_search_steps": trials}
 
@@ -432,9 +416,8 @@ def train(args: Args, run: Run) -> dict[str, object]:
     rng, device, envs = run.rng, run.device, [make_env(args) for _ in range(args.num_envs)]
     d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     # 1: initialise policy pi_theta and value function V_phi
-    policy, value_function = Policy(d_obs, d_action).to(device), ValueFunction(d_obs).to(device)
-    theta, phi = as_vector(policy), as_vector(value_function)
-    adam = torch.optim.Adam([phi], lr=args.learning_rate, fused=True)
+    policy, value_function = Policy(d_obs, d_action).to(device), mlp(d_obs, 1, gain=1.0).to(device)
+    adam = torch.optim.Adam(value_function.parameters(), lr=args.learning_rate, fused=True)
     obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
 
     parts = {"policy": policy, "value_function": value_function} | {f"env_{i}": env for i, env in enumerate(envs)}
@@ -471,12 +454,12 @@ def train(args: Args, run: Run) -> dict[str, object]:
         target = advantage + value
         b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
         # 5 to 8: the surrogate's natural gradient, and a step along it that the line search accepts
-        figures = trust_region_step(policy, theta, b_obs, b_action, normalise(b_advantage), args)
+        figures = trust_region_step(policy, b_obs, b_action, normalise(b_advantage), args)
         # 9: fit V_phi
         for _ in range(args.update_epochs):
             for index in torch.from_numpy(rng.permutation(size)).to(device).chunk(args.num_minibatches):
-                value_loss = F.mse_loss(value_function(b_obs[index]), b_target[index])
-                phi.grad.zero_()
+                value_loss = F.mse_loss(value_function(b_obs[index]).squeeze(1), b_target[index])
+                adam.zero_grad()
                 value_loss.backward()
                 adam.step()
         obs_moments.update(obs)  # for the next rollout
@@ -516,9 +499,7 @@ def check(args: Args) -> str:
     if size > args.total_timesteps:
         fail(f"--num-envs {args.num_envs} --num-steps {args.num_steps}: a rollout must not exceed --total-timesteps")
     if size % args.num_minibatches or size == args.num_minibatches:
-        fail(
-            f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout, into 2 or more each"
-        )
+        fail(f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout into 2 or more each")
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder:
             try:

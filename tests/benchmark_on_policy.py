@@ -103,7 +103,7 @@ def run_layers(script: str, steps: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if script == "ppo_continuous":
         networks, obs, calls, batch, updates = [ppo_continuous.Policy(17, 6).mean], torch.zeros(64, 17), 2048, 1, 320
-        networks.append(ppo_continuous.ValueFunction(17))
+        networks.append(ppo_continuous.mlp(17, 1, gain=1.0))
     else:
         networks, obs = [ppo_atari.ActorCritic(4)], torch.zeros(256, 84, 84, 4, dtype=torch.uint8)
         calls, batch, updates = 128, 8, 16

@@ -110,7 +110,13 @@ def test_an_episode_that_a_time_limit_cuts_has_the_value_of_its_true_last_state(
 ) -> None:
     """V(count) = count, as the observations are left alone: what follows count t is t + 1, and never the new 0."""
     monkeypatch.setattr(script.RunningMoments, "normalise", lambda _, rows: rows)
-    monkeypatch.setattr(script.ValueFunction, "forward", lambda module, obs: obs[:, 0] + 0 * module.value[4].bias)
+
+    class FirstDimension(torch.nn.Linear):
+        def forward(self, obs: torch.Tensor) -> torch.Tensor:
+            return obs[:, :1] + 0 * self.bias
+
+    mlp = script.mlp  # of V, and of the policy's mean, which is made with a smaller gain
+    monkeypatch.setattr(script, "mlp", lambda *a, gain: FirstDimension(1, 1) if gain == 1 else mlp(*a, gain))
     script.train((run := make_run(tmp_path, script, "Count-v0", **SMALL)).args, run)
     assert len(estimated) == 3  # an iteration, of one epoch, each
     for _, terminated, done, value, next_value, *_ in estimated:
@@ -251,7 +257,7 @@ def test_atari_samples_from_the_softmax() -> None:
 def test_initial_weights_are_orthogonal(script: ModuleType) -> None:
     torch.manual_seed(0)
     if script is ppo:
-        networks = {0.01: ppo.Policy(20, 3).mean, 1.0: ppo.ValueFunction(20).value}
+        networks = {0.01: ppo.Policy(20, 3).mean, 1.0: ppo.mlp(20, 1, gain=1.0)}
     else:
         network = ppo_atari.ActorCritic(6)
         networks = {gain: [*network.layers, head] for gain, head in {0.01: network.policy, 1.0: network.value}.items()}
@@ -297,6 +303,45 @@ def test_rewards_are_scaled_by_the_discounted_return() -> None:
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
+class Rollouts:
+    """Of 16 steps in each of two environments, the statistics by numpy over all that was seen before."""
+
+    def __init__(self, policy: torch.nn.Module, rng: np.random.Generator):
+        self.policy, self.rng, Count.episodes = policy, rng, 0
+        self.envs, self.obs = [Count(), Count()], []
+        for env in self.envs:  # as the wrapper does: one reset for the seed, one for the episode
+            env.reset(seed=int(rng.integers(2**31)))
+            self.obs.append(env.reset()[0])
+        self.raw, self.returns, self.carry = [], [], np.zeros(2)
+
+    def normalised(self, obs: np.ndarray) -> torch.Tensor:
+        mean, var = (np.mean(self.seen), np.var(self.seen)) if self.seen else (0, 1)
+        return torch.from_numpy(np.clip((obs - mean) / np.sqrt(var + 1e-8), -10, 10)).float()
+
+    def next(self) -> tuple:
+        """Normalised states and next ones, actions, scaled rewards, ends by a terminal state and all ends: (16, 2)."""
+        self.seen, rows = list(self.raw), []
+        for _ in range(16):
+            x = np.array(self.obs)
+            with torch.no_grad():
+                mu, sigma = self.policy.mean(self.normalised(x)), self.policy.log_std.exp()
+            action = (mu + sigma * torch.from_numpy(self.rng.standard_normal((2, 2), np.float32))).numpy()
+            step = []
+            for i, env in enumerate(self.envs):
+                after, reward, terminated, truncated, _ = env.step(np.clip(-2 + (action[i] + 1) / 2 * 8, -2, 6))
+                step.append((after, reward, terminated, terminated or truncated))
+                self.obs[i] = env.reset()[0] if step[i][-1] else after
+            after, reward, terminated, done = (np.array(column) for column in zip(*step, strict=True))
+            rows.append((x, after, action, reward, terminated, done))
+            self.raw.append(x)
+            self.carry = 0.99 * self.carry + reward
+            self.returns.append(self.carry)
+            self.carry = np.where(done, 0, self.carry)
+        x, after, action, reward, terminated, done = (np.array(column) for column in zip(*rows, strict=True))
+        reward = np.clip(reward / np.sqrt(np.var(self.returns) + 1e-8), -10, 10)
+        return self.normalised(x), self.normalised(after), torch.from_numpy(action), reward, terminated, done
+
+
 def test_two_iterations_by_hand(tmp_path: Path) -> None:
     """The whole training once more, with PyTorch's plain modules, distributions, Adam and clipping, in one function."""
     flags = {"num_envs": 2, "num_steps": 16, "num_minibatches": 4, "update_epochs": 3, "total_timesteps": 64}
@@ -304,45 +349,17 @@ def test_two_iterations_by_hand(tmp_path: Path) -> None:
     run, Count.episodes = make_run(tmp_path, ppo, "Count-v0", **flags), 0
     trained = ppo.train(run.args, run)
 
-    rng = np.random.default_rng(3)
     torch.manual_seed(3)
-    policy, value_function = ppo.Policy(1, 2), ppo.ValueFunction(1)
+    policy, value_function = ppo.Policy(1, 2), ppo.mlp(1, 1, gain=1.0)
     weights = [*policy.parameters(), *value_function.parameters()]
     adam = torch.optim.Adam(weights, lr=1e-2, eps=1e-5)
-    Count.episodes = 0
-    envs = [Count(), Count()]
-    obs = []
-    for env in envs:  # as the wrapper does: one reset for the seed, one for the episode
-        env.reset(seed=int(rng.integers(2**31)))
-        obs.append(env.reset()[0])
-    raw, returns, carry, mean, var = [], [], np.zeros(2), 0.0, 1.0
+    rollouts = Rollouts(policy, rng := np.random.default_rng(3))
     for iteration in range(2):
-        rows = []
-        for _ in range(16):
-            x = np.array(obs)
-            with torch.no_grad():
-                mu = policy.mean(torch.from_numpy(np.clip((x - mean) / np.sqrt(var + 1e-8), -10, 10)).float())
-                sigma = policy.log_std.exp()
-            action = (mu + sigma * torch.from_numpy(rng.standard_normal((2, 2), np.float32))).numpy()
-            step = []
-            for i, env in enumerate(envs):
-                after, reward, terminated, truncated, _ = env.step(np.clip(-2 + (action[i] + 1) / 2 * 8, -2, 6))
-                step.append((after, reward, terminated, terminated or truncated))
-                obs[i] = env.reset()[0] if step[i][-1] else after
-            after, reward, terminated, done = (np.array(column) for column in zip(*step, strict=True))
-            rows.append((x, action, reward, terminated, done, after))
-            raw.append(x)
-            carry = 0.99 * carry + reward
-            returns.append(carry)
-            carry = np.where(done, 0, carry)
-        x, action, reward, terminated, done, after = (np.array(column) for column in zip(*rows, strict=True))
-        s, s_after = (torch.from_numpy(np.clip((o - mean) / np.sqrt(var + 1e-8), -10, 10)).float() for o in (x, after))
-        a = torch.from_numpy(action)
+        s, s_after, a, reward, terminated, done = rollouts.next()
         with torch.no_grad():
             old = torch.distributions.Normal(policy.mean(s), policy.log_std.exp()).log_prob(a).sum(-1)
-        reward = np.clip(reward / np.sqrt(np.var(returns) + 1e-8), -10, 10)
         for _ in range(3):
-            value, next_value = (value_function.value(o)[..., 0].detach().numpy() for o in (s, s_after))
+            value, next_value = (value_function(o)[..., 0].detach().numpy() for o in (s, s_after))
             advantage = advantage_by_sums(reward, terminated, done, value, next_value, 0.99, 0.95)
             advantage, target = (torch.from_numpy(v).float() for v in (advantage, advantage + value))
             for index in np.split(rng.permutation(32), 4):
@@ -351,16 +368,15 @@ def test_two_iterations_by_hand(tmp_path: Path) -> None:
                 ratio = torch.exp(gaussian.log_prob(a[i, j]).sum(-1) - old[i, j])
                 gain = (advantage[i, j] - advantage[i, j].mean()) / (advantage[i, j].std() + 1e-8)
                 surrogate = torch.min(ratio * gain, torch.clip(ratio, 0.8, 1.2) * gain).mean()
-                error = ((value_function.value(s[i, j])[:, 0] - target[i, j]) ** 2).mean()
+                error = ((value_function(s[i, j])[:, 0] - target[i, j]) ** 2).mean()
                 loss = -surrogate + 0.5 * error / 2 - 0.01 * gaussian.entropy().sum(-1).mean()
                 adam.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(weights, 0.5)
                 adam.step()
-        mean, var = np.mean(raw), np.var(raw)
         adam.param_groups[0]["lr"] = 1e-2 * (1 - (iteration + 1) / 2)
     assert trained["obs_moments"].count == 64
-    np.testing.assert_allclose(trained["obs_moments"].mean, [mean])
+    np.testing.assert_allclose(trained["obs_moments"].mean, [np.mean(rollouts.raw)])
     for ours, theirs in zip(trained["policy"].parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
 
