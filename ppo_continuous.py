@@ -55,8 +55,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -513,20 +515,30 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
-    for name in now.keys() - free:
-        if now[name] != started.get(name):
+    for name in now:
+        if name not in free and now[name] != started.get(name):
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
             fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
 
 
 def save(path: Path, content: dict) -> None:
     """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
-    with open(f"{path}.tmp", "wb") as file:
-        as_json = b"" if path.suffix == ".pt" else json.dumps(content, indent=2, default=str).encode()
-        file.write(as_json) if as_json else torch.save(content, file)
-        file.flush()
-        os.fsync(file)
-    os.replace(file.name, path)
+    buffer, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    if path.suffix == ".pt":
+        torch.save(content, buffer)  # to memory, for on a full disk its errors are no OSErrors
+    else:
+        buffer.write(json.dumps(content, indent=2, default=str).encode())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file)
+        os.replace(temporary, path)
+        os.fsync(folder := os.open(path.parent, os.O_RDONLY))
+        os.close(folder)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path, kind: str) -> dict:
@@ -534,9 +546,18 @@ def load(path: Path, kind: str) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
             content = torch.load(path, map_location="cpu", weights_only=True)
-        return {(SCRIPT, kind): content}[content["script"], content["kind"]]
+        if (content["script"], content["kind"]) == (SCRIPT, kind):
+            return content
+        raise TypeError
     except Exception as error:  # a dozen types on damaged or foreign files
         fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
+
+
+def on_signals(handler: Callable) -> None:
+    """Has it called on Ctrl-C, SIGTERM and SIGHUP, but for those that are ignored, as by nohup."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 class Run:
@@ -552,8 +573,9 @@ class Run:
         default = f"{re.sub('[^A-Za-z0-9._-]', '-', subject)}__{SCRIPT}__{args.seed}__{self.start:.6f}"
         name = args.run_name or (fail("--resume: give the --run-name to go on with") if args.resume else default)
         self.dir, self.checkpoint, args.run_name = args.runs_dir / name, None, name
-        self.evaluating = self.stopping = False
-        if Path(name).name != name or name == ".." or (os.path.lexists(self.dir) and not args.resume):
+        self.evaluating, self.stopping = False, 0.0  # the time of the first signal
+        plain = Path(name).name == name != ".." and name.isprintable()
+        if not plain or (os.path.lexists(self.dir) and not args.resume):
             fail(f"--run-name {name}: must be a plain and new name in {args.runs_dir}, or --resume an old one")
         fcntl = importlib.import_module("fcntl")  # Windows has none
         self.wandb = importlib.import_module("wandb") if args.track else None
@@ -564,13 +586,19 @@ class Run:
         except OSError as error:  # any other than this one is of a file system without locks
             if isinstance(error, BlockingIOError):
                 fail(f"--run-name {name}: another process is training in {self.dir}")
+        foreign = [path.name for path in self.dir.iterdir() if not path.name.startswith(("args.json", "replay."))]
         if (self.dir / "args.json").exists():
             check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+        elif foreign:
+            fail(f"--run-name {name}: {self.dir} holds {foreign[0]}, but is no run's folder")
         if (self.dir / "result.json").exists():
+            self.remove_replay()
             print(f"{self.dir} is finished: see its result.json")
             raise SystemExit(0)
         if (self.dir / "checkpoint.pt").exists():
             self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
+            if self.checkpoint.get("sha256") != SHA256:
+                print(f"{self.dir} was begun by another version of {SCRIPT}.py", file=sys.stderr)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = True
         torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
@@ -582,7 +610,9 @@ class Run:
         """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
         path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT)), "r+b") as file:
+            with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT), 0o666), "r+b") as file:
+                if self.checkpoint and os.fstat(file.fileno()).st_size != size:
+                    raise ValueError("it has another size")
                 file.truncate(size)
                 if hasattr(os, "posix_fallocate"):  # macOS has none
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -594,35 +624,39 @@ class Run:
     def restore(self, **parts: object) -> bool:
         """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
         self.parts, self.made, flags, state = parts, False, vars(self.args), self.checkpoint or {"events": {}}
-        for path in self.dir.glob("events.*"):  # what was logged after the checkpoint will be logged again
-            os.truncate(path, state["events"].get(path.name, 0))
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             self.progress, self.start = state["progress"], self.start - state["seconds"]
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(state["torch_rng"])
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
         else:
             save(self.dir / "args.json", flags)
+        for path in self.dir.glob("events.out.tfevents.*"):  # what was logged after the checkpoint is logged again
+            os.truncate(path, state["events"].get(path.name, 0))
         if self.wandb:
-            name = re.sub("[^A-Za-z0-9._-]", "-", self.args.run_name)
-            self.wandb.init(id=name, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+            options = {"id": self.progress.setdefault("wandb", os.urandom(4).hex()), "name": self.args.run_name}
+            try:
+                self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
+            except self.wandb.Error as error:  # no login, no connection
+                fail(f"--track: {error}")
         self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
-        threading.excepthook = lambda _: None  # of the writer's thread: what went wrong is raised by its next flush
+        hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
+        threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed)
         if not self.checkpoint:
             self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:
-                signal.signal(signum, self.stop)
+        on_signals(self.stop)
         return self.checkpoint is not None
 
     def stop(self, signum: int, _: object) -> None:
-        """On a signal: ends an evaluation at once, the training after its step; on a second one, the program."""
-        signal.signal(signum, signal.SIG_DFL)
-        self.stopping = True
-        if self.evaluating:
-            raise KeyboardInterrupt
+        """On a signal: ends an evaluation at once, the training after its step; on one a second later, the program."""
+        if not self.stopping:
+            self.stopping = time.time()
+            if self.evaluating:
+                raise KeyboardInterrupt
+        elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     def steps(self, total: int, size: int = 1, **model: object) -> Iterator[int]:
         """The steps that are left, `size` at a time; between two of them, all that is not the algorithm.
@@ -672,23 +706,34 @@ class Run:
                 fail(f"{tag} is {value:g} in step {step:,}; try a lower --learning-rate")
             self.writer.add_scalar(tag, value, step)
 
-    def save_checkpoint(self) -> None:
-        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+    def sync(self) -> dict[str, int]:
+        """Has events and mapped files written to the disk; returns the sizes of the former."""
         self.writer.flush()
-        for path in [*self.dir.glob("events.*"), *self.dir.glob("replay.*")]:
+        events = list(self.dir.glob("events.out.tfevents.*"))
+        for path in [*events, *self.dir.glob("replay.*")]:
             with open(path) as file:
                 os.fsync(file)
-        events = {path.name: path.stat().st_size for path in self.dir.glob("events.*")}
-        state = {"script": SCRIPT, "kind": "checkpoint", "progress": self.progress, "events": events}
+        return {path.name: path.stat().st_size for path in events}
+
+    def remove_replay(self) -> None:
+        for path in self.dir.glob("replay.*"):
+            path.unlink()
+
+    def save_checkpoint(self) -> None:
+        """All that the run goes on from; of mapped files, what is not overwritten before the next checkpoint."""
+        events = self.sync()
+        state = {"script": SCRIPT, "sha256": SHA256, "kind": "checkpoint", "progress": self.progress, "events": events}
         state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
         state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
-        state |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"torch_rng": torch.get_rng_state()}
         save(self.dir / "checkpoint.pt", state)
 
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
         """Figures of the model, logged. A signal ends it at once, for all that came before is in the checkpoint."""
         self.evaluating = True
-        with torch.random.fork_rng(devices=[self.device] * (self.device.type == "cuda")):
+        if self.stopping:
+            raise KeyboardInterrupt
+        with torch.random.fork_rng(devices=[]):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False
@@ -700,10 +745,14 @@ class Run:
         """Writes model.pt, evaluates the model, and writes result.json when all else is done."""
         content = {"args": {name: value for name, value in vars(self.args).items() if name not in FREE}}
         content |= {name: part.state_dict() for name, part in model.items()}
+        weights = [weight for name in model for weight in content[name].values() if isinstance(weight, torch.Tensor)]
+        if not all(weight.isfinite().all() for weight in weights):
+            fail("weights are no numbers any more; try a lower --learning-rate")
         save(self.dir / "model.pt", {"script": SCRIPT, "kind": "model"} | content)
         progress, (step, second) = self.progress, self.progress["first_update"] or (0, 0.0)
         rate = (progress["step"] - step) / (time.time() - self.start - second)
         figures = self.evaluate(model, self.dir)
+        self.sync()
         self.writer.close()
         modules = [sys.modules[n] for n in ("torch", "numpy", "gymnasium", "ale_py", "pandas") if n in sys.modules]
         result = {"script": SCRIPT, "script_sha256": SHA256, "env_id": self.subject, "seed": self.args.seed}
@@ -713,14 +762,14 @@ class Run:
         result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
         result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
         save(self.dir / "result.json", result)
-        for path in self.dir.glob("replay.*"):
-            path.unlink()
+        self.remove_replay()
         return figures
 
 
 def main() -> None:
     args, run = tyro.cli(Args, description=__doc__), None
     try:
+        on_signals(signal.default_int_handler)
         if args.evaluate:
             content = load(args.evaluate, "model")
             if content["args"].keys() != vars(args).keys() - FREE:
@@ -735,20 +784,23 @@ def main() -> None:
             figures = run.finish(train(args, run))
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
         words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
         words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None))
+        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
+    except MemoryError as error:
+        fail(f"out of memory: {error}")
     except OSError as error:  # a full disk, a folder that cannot be written to
-        hint = "; --resume goes on from the last checkpoint" if run and not run.made else ""
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise  # an environment's own
+        hint = "; --resume goes on from the last checkpoint" if run and (run.dir / "checkpoint.pt").exists() else ""
         fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
     finally:
         if run and run.made:  # its training did not begin
-            for path in run.dir.glob("replay.*"):
-                path.unlink()
+            run.remove_replay()
             run.dir.rmdir()
 
 

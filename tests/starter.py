@@ -42,7 +42,8 @@ if task["interruption"]:
     def strike() -> None:
         if what == "ENOSPC":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.kill(os.getpid(), getattr(signal, what))
+        for name in what.split("+"):
+            os.kill(os.getpid(), getattr(signal, name))
 
     def interrupted(*args: object, **options: object) -> object:
         global calls

@@ -142,7 +142,8 @@ def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished
     """
     run_dir, flags = tmp_path / "runs" / "killed", [*SHORT[script], "--run-name", "killed", "--resume"]
     moments = [("before", 1), ("before", 4), ("after", random.randint(1, 2)), ("before", 2)]
-    for moment, call in [*moments, ("before", "model.pt"), ("after", "model.pt"), ("before", "result.json")]:
+    moments += [(moment, name) for name in ("model.pt", "result.json") for moment in ("before", "after")]
+    for moment, call in moments:
         kill(script, moment, call, *flags, cwd=tmp_path)
         for path in run_dir.glob("*.json"):
             json.loads(path.read_text())
@@ -173,22 +174,36 @@ def test_other_flags_resume_to_the_bit_too(script: str, flags: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("script", "signum"),
-    [("ddpg_continuous", "SIGINT"), *(("ppo_continuous", name) for name in ("SIGINT", "SIGTERM", "SIGHUP"))],
+    ("script", "signals", "call"),
+    [
+        ("ddpg_continuous", "SIGINT", 2),
+        ("ppo_continuous", "SIGINT", 2),
+        ("ppo_continuous", "SIGTERM", 2),
+        ("ppo_continuous", "SIGHUP+SIGHUP+SIGTERM", 2),
+        ("ppo_continuous", "SIGTERM", "model.pt"),
+    ],
     indirect=["script"],
 )
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
-    script: str, signum: str, finished: Path, tmp_path: Path
+    script: str, signals: str, call: int | str, finished: Path, tmp_path: Path
 ) -> None:
-    """Between two checkpoints; the printed command finishes the run with the same bits."""
+    """Between two checkpoints, some at once, before the last evaluation; the printed command leads to the same bits."""
     flags = [*SHORT[script], "--run-name", "stopped"]
-    result = run_interrupted(signum, "after", 2, script, *flags, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (130, "")
-    line = result.stdout.splitlines()[-1]
+    result = run_interrupted(signals, "after", call, script, *flags, cwd=tmp_path)
+    assert result.returncode == 130
+    (line,) = result.stderr.split("\n")[1:-1]
     assert line.startswith("stopped; go on with: python ")
     assert line.endswith("--run-name stopped --resume")
     assert run(script, *line.split(f"{script}.py ")[1].split(), cwd=tmp_path).returncode == 0
     assert_same_run(finished, tmp_path / "runs" / "stopped")
+
+
+@off_policy_only
+def test_a_signal_before_the_training_leaves_nothing(script: str, tmp_path: Path) -> None:
+    flags = [*SHORT[script], "--run-name", "early"]
+    result = run_interrupted("SIGTERM", "after", 1, script, *flags, cwd=tmp_path, function="posix_fallocate")
+    assert result.returncode == 130
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize("script", ["ddpg_continuous", "ppo_continuous"], indirect=True)
@@ -322,7 +337,37 @@ def test_a_missing_replay_file_is_named(
     for name in ("checkpoint.pt", "args.json"):
         shutil.copy(finished / name, "runs/whole")
     flags = [*SHORT[script], "--run-name", "whole", "--resume"]
-    assert "the run can only start anew" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
+    module = importlib.import_module(script)
+    assert "the run can only start anew" in message_of(module, flags, capsys, monkeypatch)
+    for name in ("screens", "steps", "transitions"):
+        Path(f"runs/whole/replay.{name}").touch()
+    shutil.copytree("runs/whole", "runs/cut")  # the folder's lock goes with a process
+    flags = [*SHORT[script], "--run-name", "cut", "--resume"]
+    assert "it has another size" in message_of(module, flags, capsys, monkeypatch)
+    assert {path.stat().st_size for path in Path("runs/cut").glob("replay.*")} == {0}
+
+
+@pytest.mark.parametrize("script", FEW, indirect=True)
+def test_a_folder_that_is_no_runs_is_left_alone(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/other").mkdir(parents=True)
+    for name in ("events.out.tfevents.1.host.1.0", "replay.mp4", "events.csv"):
+        Path("runs/other", name).write_text("mine")
+    flags = [*SHORT[script], "--run-name", "other", "--resume"]
+    assert "is no run's folder" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
+    assert [path.read_text() for path in Path("runs/other").iterdir()] == ["mine"] * 3
+
+
+@pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
+def test_another_version_of_the_script_says_so(script: str, finished: Path, tmp_path: Path) -> None:
+    source = (ROOT / f"{script}.py").read_text()
+    (tmp_path / f"{script}.py").write_text(source + "# a change\n")
+    flags = [*SHORT[script], "--run-name", "changed"]
+    kill(script, "before", "model.pt", *flags, cwd=tmp_path)
+    result = run(tmp_path / script, *flags, "--resume", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, f"runs/changed was begun by another version of {script}.py\n")
 
 
 @off_policy_only
@@ -354,6 +399,18 @@ def test_a_full_disk_loses_nothing_before_the_last_checkpoint(script: str, finis
     assert_same_run(finished, tmp_path / "runs" / "full")
 
 
+@pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
+def test_a_checkpoint_that_finds_no_space_leaves_nothing_of_itself(script: str, tmp_path: Path) -> None:
+    """Of files of 256 KB at most, which every other file of this run is."""
+    command = [sys.executable, ROOT / f"{script}.py", *SHORT[script], "--hidden-sizes", "128", "128", "--run-name", "n"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, 2**18))  # noqa: E731
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=DEADLINE)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "File too large" in result.stderr
+    assert not list(tmp_path.glob("runs/n/*.tmp"))
+    assert (tmp_path / "runs" / "n" / "args.json").exists()
+
+
 @agents_only
 def test_nan_stops_the_run(script: str, tmp_path: Path) -> None:
     result = run(script, *SHORT[script], "--learning-rate", "1e30", "--run-name", "nan", cwd=tmp_path)
@@ -364,14 +421,17 @@ def test_nan_stops_the_run(script: str, tmp_path: Path) -> None:
 
 
 def test_weights_and_biases(tmp_path: Path) -> None:
-    """The real package, offline: a run under the run's own name, but for letters that it refuses."""
+    """The real package, offline: two runs of one name, in two folders, are two there too."""
     script = "ppo_continuous"  # any: what is the same in every script does it
     flags = [*SHORT[script], "--total-timesteps", "256", "--track", "--run-name", "a b:1", "--resume"]
-    wandb = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    script_path = ROOT / f"{script}.py"
-    result = run_python("-W", "default", script_path, *flags, cwd=tmp_path, **wandb)  # its own warnings are its own
-    assert result.returncode == 0, result.stderr
-    assert list((tmp_path / "runs" / "a b:1" / "wandb").glob("offline-run-*-a-b-1/run-a-b-1.wandb"))
+    ids = set()
+    for folder in ("one", "other"):
+        command = [ROOT / f"{script}.py", *flags, "--runs-dir", folder]
+        result = run_python("-W", "default", *command, cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
+        assert result.returncode == 0, result.stderr
+        ids.add(torch.load(tmp_path / folder / "a b:1" / "checkpoint.pt", weights_only=True)["progress"]["wandb"])
+        assert next(tmp_path.glob(f"{folder}/a b:1/wandb/offline-run-*/*.wandb")).stem.removeprefix("run-") in ids
+    assert len(ids) == 2
 
 
 def test_weights_and_biases_not_installed(
