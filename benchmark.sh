@@ -23,7 +23,7 @@ a reboot or Ctrl-C: it goes on with what is unfinished. Other flags of the scrip
   --sbatch "OPTIONS"    of sbatch, for each run: --sbatch "--partition=gpu --gpus=1 --cpus-per-task=4 --time=12:00:00"
 
 PYTHON=... in front names the interpreter (default: python), OMP_NUM_THREADS=... the threads of a run (default: the
-runs at a time share the cores; on Slurm those of --cpus-per-task).
+runs at a time share the cores; on Slurm always those of --cpus-per-task).
 END
 }
 
@@ -40,7 +40,7 @@ env_ids=() seeds=() flags=() sbatch_options=()
 [[ $# -gt 0 && $1 != --help && $1 != -h ]] || { usage && exit 0; }
 command -v "$python" >/dev/null || fail "$python: no such program; name the interpreter with PYTHON=... in front"
 if [[ $1 == --summary ]]; then
-  [[ $# -le 2 && -d ${2-} ]] || fail "--summary ${*:2}: no such folder"
+  [[ $# -eq 2 && -d ${2-} ]] || fail "--summary ${*:2}: give one folder that exists"
   exec "$python" "$here/results/summary.py" "$2"
 fi
 
@@ -52,7 +52,8 @@ while [[ $# -gt 0 ]]; do
   --seeds) while [[ $# -gt 0 && $1 != --* ]]; do seeds+=("$1") && shift; done ;;
   --dry-run) dry_run=1 ;;
   --slurm) slurm=1 ;;
-  --sbatch) [[ -n ${1-} ]] || fail "--sbatch: give options of sbatch, in quotes" && read -ra sbatch_options <<<"$1" && shift ;;
+  --sbatch) [[ -n ${1-} ]] || fail "--sbatch: give options of sbatch, in quotes" && read -ra words <<<"${1//$'\n'/ }" &&
+    sbatch_options+=("${words[@]}") && shift ;;
   --runs-dir) [[ -n ${1-} && $1 != -* ]] || fail "--runs-dir: give a folder" && runs_dir=$1 && shift ;;
   --workers) [[ ${1-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "--workers ${1-}: give a number from 1 on" && workers=$1 && shift ;;
   --) flags=("$@") && break ;;
@@ -100,7 +101,7 @@ if [[ -n $slurm ]]; then
   printf '%s\n' "${commands[@]}" >"$list"
   # The task becomes the run itself, so that Slurm's signals reach it and it writes a checkpoint.
   sbatch --array="0-$((total - 1))${workers:+%$workers}" --ntasks=1 --cpus-per-task=1 --requeue --job-name="$algorithm" \
-    --output="$logs/slurm-%A_%a.log" --open-mode=append --chdir="$PWD" ${sbatch_options[@]+"${sbatch_options[@]}"} <<END
+    --output="${logs//%/%%}/slurm-%A_%a.log" --open-mode=append --chdir="$PWD" ${sbatch_options[@]+"${sbatch_options[@]}"} <<END
 #!/usr/bin/env bash
 export OMP_NUM_THREADS=\$SLURM_CPUS_PER_TASK
 eval "exec \$(sed -n "\$((SLURM_ARRAY_TASK_ID + 1))p" $(printf %q "$list"))"
@@ -111,7 +112,7 @@ fi
 
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc would obey them
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || visible=""
-IFS=, read -ra gpus <<<"$visible"
+IFS=, read -ra gpus <<<"${visible#-1}"
 threads=${OMP_NUM_THREADS-}
 [[ $threads =~ ^[1-9][0-9]{0,5}$ ]] || threads=""
 [[ -n $workers ]] || workers=$((${#gpus[@]} > 0 ? ${#gpus[@]} : cores / ${threads:-1}))

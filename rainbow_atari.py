@@ -166,7 +166,7 @@ class Args:
     resume: bool = False
     """go on from the checkpoint of --run-name; start the run where there is none"""
     checkpoint_frequency: Natural = 10_000
-    """steps between two checkpoints; 0: none"""
+    """steps between two checkpoints; 0: only at evaluations, on signals and at the end"""
     eval_frequency: Natural = 0
     """steps between two evaluations during the training, in an environment of their own; 0: none"""
     eval_episodes: Natural = 10

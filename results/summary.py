@@ -63,12 +63,14 @@ def read_returns(run_dir: Path) -> np.ndarray:
         keep = {"scalars": 0, "tensors": 1, "images": 1, "histograms": 1}  # 0: all
         events = EventAccumulator(str(run_dir), size_guidance=keep)
         known = events.Reload().Tags()["scalars"]
+        if not known:  # damaged
+            return np.zeros((0, 2))
         for name, (column, tags) in reversed(CURVES.items()):  # returns.csv last: where it is, all are
             points = [(event.step, event.value) for tag in tags if tag in known for event in events.Scalars(tag)]
             if points or name == "returns.csv":
                 blocks = np.array_split(np.array(points).reshape(-1, 2), max(1, min(len(points), MAX_ROWS)))
                 lines = [f"{block[-1, 0]:.0f},{block[:, 1].mean():.6g}" for block in blocks if len(block)]
-                temporary = run_dir / f"{name}.tmp"
+                temporary = run_dir / f"{name}.{os.getpid()}.tmp"
                 temporary.write_text("\n".join([f"step,{column}", *lines, ""]))
                 os.replace(temporary, run_dir / name)
     with open(run_dir / "returns.csv") as file:
@@ -112,7 +114,8 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     """
 
     def within(folder: Path, setting: str) -> list[tuple[str, dict]]:
-        paths = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in NO_RUNS]
+        paths = [path for path in sorted(folder.iterdir()) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
+        paths = [path for path in paths if path.name not in NO_RUNS]
         paths = [path for path in paths if (path / "args.json").exists() or not any(path.glob("*/**/args.json"))]
         return [(setting, run) for path in paths if (run := read_run(path))]
 
@@ -232,7 +235,7 @@ def draw_curves(axes: Axes, curves: dict[str, list[dict]], *, regression: bool, 
         width = total / 200 if regression else total / 25
         returns = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
         grid, returns = grid[np.isfinite(returns).all(axis=0)], returns[:, np.isfinite(returns).all(axis=0)]
-        x = grid / max(run["rate"] for run in runs) / 3600 if in_hours else grid
+        x = grid / (max(run["rate"] or 0 for run in runs) or np.nan) / 3600 if in_hours else grid
         label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
         axes.plot(x, returns.mean(axis=0), color=f"C{index}", linewidth=2, label=label)
         if len(runs) >= SEEDS:
@@ -262,7 +265,8 @@ def draw_together(environment: str, algorithms: dict[str, list[dict]], folder: P
     draw_curves(by_steps, algorithms, regression=False)
     draw_curves(by_hours, algorithms, regression=False, in_hours=True)
     by_steps.set(xlabel="steps", ylabel="return in training")
-    by_hours.set(xlabel="hours", xscale="log", xlim=(5e-3, None))
+    by_hours.set(xlabel="hours", xscale="log")
+    by_hours.set_xlim(left=min(5e-3, by_hours.get_xlim()[1] / 10))
     by_steps.legend(fontsize="small", framealpha=0.5)
     figure.suptitle(environment)
     figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{environment}.png"), dpi=110)
@@ -296,7 +300,7 @@ def summarise(*folders: Path) -> None:
             for figure in drawn:
                 figure.result()
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename or into}: {error.strerror}")
     print(f"\n{'table.csv, table.md and ' * alone}{len(drawn)} figures: {into}")
 
 
@@ -305,7 +309,8 @@ def publish(run_dir: Path, folder: Path) -> None:
     if not (run_dir / "result.json").exists():
         fail(f"{run_dir} is no finished run: it has no result.json")
     published = folder / run_dir.name
-    if published.exists() and (published / "args.json").read_bytes() != (run_dir / "args.json").read_bytes():
+    started = published / "args.json"
+    if started.exists() and started.read_bytes() != (run_dir / "args.json").read_bytes():
         fail(f"{published} is of another run")
     published.mkdir(parents=True, exist_ok=True)
     read_returns(run_dir)

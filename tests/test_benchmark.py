@@ -178,6 +178,9 @@ def test_each_gpu_gets_a_worker(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seen = [(here / f"runs/logs/x__probe__{seed}.log").read_text().split()[0] for seed in range(4)]
     assert seen[:3] == ["4", "6", "7"]
     assert seen[3] in seen[:3]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # none
+    result = sweep("probe.py", "--env-ids", "y", "--seeds", *range(CORES + 1), cwd=here)
+    assert f"0/{CORES + 1} done, {CORES} running" in result.stdout
 
 
 @pytest.mark.parametrize(("threads", "runs", "workers"), [(1, CORES + 1, CORES), (10_000, 2, 1)])
@@ -230,8 +233,8 @@ def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:
         ("mlp_regression.py --env-ids sine --seeds 1 -- --data x.csv", "-- --data: the sweep"),
         ("mlp_regression.py --env-ids sine --seeds 1 --sbatch --time=1", "--sbatch: is for --slurm"),
         ("mlp_regression.py --env-ids sine --seeds 1 --slurm --sbatch", "--sbatch: give options"),
-        ("--summary", "no such folder"),
-        ("--summary nowhere", "--summary nowhere: no such folder"),
+        ("--summary", "give one folder"),
+        ("--summary nowhere", "--summary nowhere: give one folder that exists"),
     ],
 )
 def test_bad_input_of_the_sweep(arguments: str, expected: str, here: Path) -> None:
@@ -254,15 +257,17 @@ def test_words_of_sbatch_reach_it_and_a_task_becomes_its_run(here: Path, monkeyp
     (here / "sbatch").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{here}/given"\n{run}\n')
     (here / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
-    options = "--account=lab --mem 8G  --qos=low --cpus-per-task=3"
-    arguments = ["--slurm", "--sbatch", options, "--workers", 5, "--runs-dir", "my runs", "--", "--odd", "x y"]
+    options = ["--account=lab --mem 8G ", "--qos=low\n--cpus-per-task=3"]
+    arguments = ["--slurm", "--workers", 5, "--sbatch", options[0], "--sbatch", options[1]]
+    arguments += ["--runs-dir", "my 5% runs", "--", "--odd", "x y"]
     result = sweep("probe.py", "--env-ids", "a", "b", "--seeds", 0, *arguments, cwd=here)
     assert result.returncode == 0
     words = (here / "given").read_text().splitlines()
     assert words[0] == "--array=0-1%5"
-    assert words[-5:] == options.split()  # the last one counts
+    assert words[-5:] == " ".join(options).split()  # the last one counts
+    assert "--output=my 5%% runs/logs/slurm-%A_%a.log" in words
     assert result.stdout.split("\n")[0].endswith(" 3")
-    (run_dir,) = (here / "my runs").glob("*__probe__*")
+    (run_dir,) = (here / "my 5% runs").glob("*__probe__*")
     assert run_dir.name == "b__probe__0"
     assert json.loads((run_dir / "result.json").read_text())[-2:] == ["--odd", "x y"]
 
@@ -483,6 +488,10 @@ def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkey
     labels = ["dqn_atari (2 seeds)", "rainbow_atari (2 seeds)", "rainbow_atari, again (2 seeds)"]
     assert steps == dict.fromkeys(labels, 1_000)
     assert hours == dict.fromkeys(labels, pytest.approx(1_000 / 102 / 3_600))
+    for path in tmp_path.glob("dqn/*/result.json"):  # no update, no rate
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"steps_per_second": 0.0}))
+    summary.summarise(*(tmp_path / folder for folder in ("dqn", "rainbow", "again")))
+    assert np.isnan(drawn[-1][labels[0]])
 
 
 def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,6 +502,8 @@ def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = tmp_path / "results" / "tau" / run_dir.name
     assert {path.name for path in published.iterdir()} == {"args.json", "result.json", "returns.csv", "evaluations.csv"}
     assert (published / "evaluations.csv").read_text().split() == ["step,return", "1000,3"]
+    (published / "args.json").unlink()  # as an interrupted one leaves it
+    summary.main()
     (run_dir / "args.json").write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         summary.main()
