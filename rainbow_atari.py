@@ -723,7 +723,7 @@ def load(path: Path, kind: str) -> dict:
 
 def on_signals(handler: Callable) -> None:
     """Has it called on Ctrl-C, SIGTERM and SIGHUP, but for those that are ignored, as by nohup."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
 

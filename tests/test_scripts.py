@@ -547,8 +547,9 @@ def test_help_shows_bounds(script: str, capsys: pytest.CaptureFixture, monkeypat
 def test_other_systems_get_a_line(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows has no fcntl."""
+    """Windows has neither."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(signal, "SIGHUP")
     flags = ["--runs-dir", str(tmp_path / "runs")]
     assert "use Linux or macOS" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
     assert not list(tmp_path.glob("runs/*"))
