@@ -295,7 +295,6 @@ class Broken(gym.Env):
 
 
 @pytest.mark.parametrize("what", ["Start", "Obs", "Reward"])
-@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # Gymnasium's own checker sees it too
 def test_an_environment_that_gives_no_number_is_named(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
