@@ -645,8 +645,8 @@ def test_readme_commands(script: str, flags: list[str], finished: Path, tmp_path
     elif script == "q_learning":
         flags = [*flags, "--total-timesteps", "300", "--eval-episodes", "0"]
     elif script in AGENTS and script not in OFF_POLICY:
-        flags = [*flags, "--total-timesteps", "512", "--num-steps", "64", "--num-envs", "2", "--num-minibatches", "2"]
-        flags = [*flags, "--eval-episodes", "0"]
+        flags = [*flags, "--total-timesteps", "128", "--num-steps", "32", "--num-envs", "2", "--num-minibatches", "2"]
+        flags = [*flags, "--update-epochs", "2", "--eval-episodes", "0"]
     elif script in OFF_POLICY:
         batch_size = flags[flags.index("--batch-size") + 1] if "--batch-size" in flags else "256"
         flags = [*flags, "--total-timesteps", "300", "--learning-starts", batch_size, "--buffer-size", "400"]
