@@ -420,6 +420,15 @@ def test_nan_stops_the_run(script: str, tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "nan" / "result.json").exists()
 
 
+def test_weights_that_are_no_numbers_are_no_model(tmp_path: Path) -> None:
+    """Between two looks at the losses."""
+    flags = "--env-id CartPole-v1 --features raw --learning-rate 1e20 --total-timesteps 99 --run-name nan".split()
+    result = run("q_learning", *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "weights are no numbers any more" in result.stderr
+    assert not list(tmp_path.glob("runs/nan/[mr]*.[pj]*"))  # model.pt, result.json
+
+
 def test_weights_and_biases(tmp_path: Path) -> None:
     """The real package, offline: a run of an id that no other has, for names of runs are not unique there."""
     script = "ppo_continuous"  # any: what is the same in every script does it
