@@ -422,8 +422,8 @@ def test_nan_stops_the_run(script: str, tmp_path: Path) -> None:
 
 def test_weights_that_are_no_numbers_are_no_model(tmp_path: Path) -> None:
     """Between two looks at the losses."""
-    flags = "--env-id CartPole-v1 --features raw --learning-rate 1e20 --total-timesteps 99 --run-name nan".split()
-    result = run("q_learning", *flags, cwd=tmp_path)
+    flags = "--env-id CartPole-v1 --features raw --learning-rate 1e20 --total-timesteps 99 --run-name nan"
+    result = run("q_learning", *flags.split(), cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "weights are no numbers any more" in result.stderr
     assert not list(tmp_path.glob("runs/nan/[mr]*.[pj]*"))  # model.pt, result.json
