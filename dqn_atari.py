@@ -536,9 +536,8 @@ def save(path: Path, content: dict) -> None:
         os.replace(temporary, path)
         os.fsync(folder := os.open(path.parent, os.O_RDONLY))
         os.close(folder)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # nothing is left where the disk is full
 
 
 def load(path: Path, kind: str) -> dict:
