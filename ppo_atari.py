@@ -21,14 +21,14 @@ Proximal policy optimisation, the variant with clipping. The numbers stand again
 A state is the last four screens. Policy and value function share all layers but the last.
 
 Differs from the paper:
-- Rewards are clipped to their sign.
 - The end by a time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, but the game
   goes on, and the screens before it stay in the state.
-- As in OpenAI's code (baselines, ppo2) and CleanRL: K = 4 (the paper's is 3), c_1 = 0.5 (1), DQN's convolutions; Adam's
-  epsilon is 1e-5, advantages are normalised in each minibatch, initial weights are orthogonal, the gradient's norm is
-  clipped. The paper lets eps fall with the learning rate; they do not.
-- Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which brings nothing
-  (Andrychowicz et al. 2021, section 3.4); FIRE pressed at the start of a game, which is left to the policy.
+- As in OpenAI's code (baselines, ppo2) and CleanRL: K = 4 (the paper's is 3), c_1 = 0.5 on half the squared error (1 on
+  the whole), DQN's convolutions and rewards clipped to their sign; Adam's epsilon is 1e-5, advantages are normalised in
+  each minibatch, initial weights are orthogonal, the gradient's norm is clipped. The paper lets eps fall with the
+  learning rate; they do not.
+- Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts (Andrychowicz et
+  al. 2021, section 3.4); FIRE pressed at the start of a game, which is left to the policy.
 - All steps are agent steps of four emulator frames. Screens are made grey, the maximum of two is taken, and it is
   shrunk by area.
 
@@ -178,7 +178,7 @@ class AtariPreprocessing(gym.Wrapper):
     def __init__(self, env: gym.Env, rng: np.random.Generator):
         super().__init__(env)
         self.rng = rng
-        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon has none
+        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games have none
         height, width = env.observation_space.shape
         self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE), np.uint8)
         self.rows, self.columns = area_weights(height, FRAME_SIZE), area_weights(width, FRAME_SIZE)
@@ -358,7 +358,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
     shape = args.num_steps, args.num_envs
     obs = np.zeros((*shape, FRAME_SIZE, FRAME_SIZE, STACK), np.uint8)
     action = np.zeros(shape, np.int64)
-    reward, log_prob, value, next_value, terminal, done = np.zeros((6, *shape), np.float32)
+    reward, log_prob, value, cut_value, terminal, done = np.zeros((6, *shape), np.float32)
     size = args.num_steps * args.num_envs
     iterations = args.total_timesteps // size
     for step in run.steps(iterations * size, size, actor_critic=actor_critic):  # 2: for each iteration
@@ -373,15 +373,13 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 done[t, i] = terminal[t, i] or truncated
                 run.count_reward(score, terminated or truncated, i)
                 if truncated:
-                    (next_value[t, i],) = actor_critic.act(next_obs[None], rng)[2]
+                    (cut_value[t, i],) = actor_critic.act(next_obs[None], rng)[2]
                 if terminated or truncated:
                     env.reset()
         # 5: advantages
         last_value = actor_critic.act(np.array([env.obs for env in envs]), rng)[2]
-        next_values = np.concatenate([value[1:], last_value[None]])
-        advantage = gae(
-            reward, terminal, done, value, np.where(done, next_value, next_values), args.gamma, args.gae_lambda
-        )
+        next_value = np.where(done, cut_value, np.concatenate([value[1:], last_value[None]]))
+        advantage = gae(reward, terminal, done, value, next_value, args.gamma, args.gae_lambda)
         target = advantage + value
 
         # 6: for K epochs, for each minibatch of the shuffled steps
@@ -405,9 +403,8 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm)
                 adam.step()
         run.log({"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy})
-        run.log(
-            diagnostics(log_ratio, args.clip_coef, value, target) | {"charts/learning_rate": adam.param_groups[0]["lr"]}
-        )
+        run.log(diagnostics(log_ratio, args.clip_coef, value, target))
+        run.log({"charts/learning_rate": adam.param_groups[0]["lr"]})
         # 11: the learning rate falls linearly
         adam.param_groups[0]["lr"] = args.learning_rate * (1 - step / (iterations * size))
 
@@ -590,7 +587,7 @@ class Run:
                     os.posix_fallocate(file.fileno(), 0, size)
                 return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
         except (OSError, OverflowError, ValueError) as error:
-            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            why = "start anew" if self.checkpoint else "give a smaller --buffer-size or another --checkpoint-frequency"
             fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
 
     def restore(self, **parts: object) -> bool:

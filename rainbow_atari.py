@@ -205,7 +205,7 @@ class AtariPreprocessing(gym.Wrapper):
     def __init__(self, env: gym.Env, rng: np.random.Generator):
         super().__init__(env)
         self.rng = rng
-        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon has none
+        self.noop_max = NOOP_MAX if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # two games have none
         height, width = env.observation_space.shape
         self.observation_space = gym.spaces.Box(0, 255, (FRAME_SIZE, FRAME_SIZE), np.uint8)
         self.rows, self.columns = area_weights(height, FRAME_SIZE), area_weights(width, FRAME_SIZE)
@@ -785,7 +785,7 @@ class Run:
                     os.posix_fallocate(file.fileno(), 0, size)
                 return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
         except (OSError, OverflowError, ValueError) as error:
-            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            why = "start anew" if self.checkpoint else "give a smaller --buffer-size or another --checkpoint-frequency"
             fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
 
     def restore(self, **parts: object) -> bool:

@@ -648,7 +648,7 @@ class Run:
                     os.posix_fallocate(file.fileno(), 0, size)
                 return np.asarray(np.memmap(file, dtype, "r+", shape=shape))  # without np.memmap's cost at every index
         except (OSError, OverflowError, ValueError) as error:
-            why = "the run can only start anew" if self.checkpoint else "give a smaller --buffer-size"
+            why = "start anew" if self.checkpoint else "give a smaller --buffer-size or another --checkpoint-frequency"
             fail(f"{path}: no {size / 1e9:,.1f} GB ({error}); {why}")
 
     def restore(self, **parts: object) -> bool:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = {  # runs of some seconds with eight checkpoints or more, that fill and wrap their replay memory
     "dqn_atari": [
         *("--env-id", "ALE/Breakout-v5", "--sticky-actions", "0.25", "--total-timesteps", "500"),
-        *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "100"),
+        *("--learning-starts", "100", "--buffer-size", "200", "--target-network-frequency", "120"),
         *("--train-frequency", "40", "--checkpoint-frequency", "60", "--eval-episodes", "1"),
     ],
     "rainbow_atari": [

@@ -125,6 +125,8 @@ def test_action_repeat_lives_and_ends() -> None:
     screen, reward, terminated, truncated, info = env.step(0)  # 9 and 10: the game ends within the repetition
     assert (screen == 10).all()
     assert (reward, terminated, truncated) == (1.0, True, False)
+    env.reset()
+    assert env.step(0)[-1]["life_lost"]
     env = dqn.AtariPreprocessing(ScriptedLives("33333", truncated_at=3), NoNoops())
     env.reset()
     assert env.step(0)[1:4] == (1.5, False, True)
@@ -133,6 +135,8 @@ def test_action_repeat_lives_and_ends() -> None:
 def test_noops_are_drawn_from_0_to_30() -> None:
     env = dqn.AtariPreprocessing(ScriptedLives("3" * 40), np.random.default_rng(0))
     assert {int(env.reset()[0][0, 0]) for _ in range(1000)} == set(range(31))
+    env.env.get_action_meanings = lambda: ["FIRE"]
+    assert dqn.AtariPreprocessing(env.env, np.random.default_rng(0)).noop_max == 0
 
 
 @pytest.mark.parametrize("game", ["Pong", "Breakout", "Qbert", "Tetris"])
@@ -236,7 +240,8 @@ def test_replay_draws_uniformly() -> None:
     assert chi_squared < 162  # 109 degrees of freedom: exceeded with a probability of 0.001
 
 
-def test_what_a_checkpoint_refers_to_outlives_the_spare_places(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [90, 91])
+def test_what_a_checkpoint_refers_to_outlives_the_spare_places(count: int, tmp_path: Path) -> None:
     """A memory restored from its files, after as many further screens as there are spare places, holds the same."""
     capacity, spare = 20, 7
     run = make_run(tmp_path)
@@ -247,13 +252,13 @@ def test_what_a_checkpoint_refers_to_outlives_the_spare_places(tmp_path: Path) -
         return dqn.FrameMemory(capacity, screens, steps, np.random.default_rng(seed), CPU)
 
     def grow(memory: dqn.FrameMemory) -> None:
-        if memory.count % 6 == 0:  # the checkpoint's newest transition is an episode's last
+        if memory.count % 6 == 0:  # the newest transition of the checkpoint at 90 is an episode's last
             memory.push(np.full((84, 84), memory.count, np.uint8))
         else:
             memory.append(memory.count % 18, 1.0, memory.count % 5 == 0, np.full((84, 84), memory.count, np.uint8))
 
     memory = map_memory(0)
-    for _ in range(90):
+    for _ in range(count):
         grow(memory)
     state = memory.state_dict()
     memory.rng = np.random.default_rng(1)
@@ -341,6 +346,7 @@ def test_seven_updates_by_hand(
     monkeypatch.setattr(dqn.FrameMemory, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
     flags = {"total_timesteps": 44, "learning_starts": 32, "train_frequency": 2, "target_network_frequency": 5}
     flags |= {"optimizer": optimizer, "loss": loss, "learning_rate": 1e-3, "optimizer_eps": 1e-2}
+    flags |= {"gamma": 0.9, "batch_size": 20}
     run = make_run(tmp_path, **flags)
     torch.manual_seed(7)
     weights = [weight.detach().clone() for weight in dqn.QNetwork(3).parameters()]
@@ -350,11 +356,11 @@ def test_seven_updates_by_hand(
     assert len(batches) == 7
     for count, (step, batch) in enumerate(zip(range(32, 46, 2), batches, strict=True), start=1):
         obs, action, reward, next_obs, terminated = batch
-        y = reward + 0.99 * (1 - terminated) * papers_network(target, next_obs).max(dim=1).values
+        y = reward + 0.9 * (1 - terminated) * papers_network(target, next_obs).max(dim=1).values
         variables = [weight.requires_grad_() for weight in weights]
-        error = y - papers_network(variables, obs)[range(32), action]
+        error = y - papers_network(variables, obs)[range(20), action]
         clipped = torch.where(error.abs() < 1, error**2 / 2, error.abs() - 0.5)
-        gradients = torch.autograd.grad((error**2 if loss == "mse" else clipped).sum() / 32, variables)
+        gradients = torch.autograd.grad((error**2 if loss == "mse" else clipped).sum() / 20, variables)
         weights = [weight.detach() for weight in weights]
         for i, g in enumerate(gradients):
             if optimizer == "adam":
@@ -420,14 +426,21 @@ class Ends(Catch):
 def test_terminal_states_and_rewards_that_the_loop_stores(
     tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lost life and a game's end are terminal, a time limit is not; rewards are clipped, scores are not."""
+    """A lost life and a game's end are terminal, a time limit is not; rewards are clipped, scores are not.
+
+    All actions are drawn; a game begins where one ended, and the memory has space for its first screens too.
+    """
     play(Ends)
     stored, append = [], dqn.FrameMemory.append
-    monkeypatch.setattr(dqn.FrameMemory, "append", lambda memory, *row: stored.append(row) or append(memory, *row))
-    run = make_run(tmp_path, total_timesteps=48, learning_starts=48, eval_episodes=2)
+    monkeypatch.setattr(dqn.FrameMemory, "append", lambda *row: stored.append(row) or append(*row))
+    run = make_run(tmp_path, total_timesteps=48, learning_starts=48, eval_episodes=2, end_e=1.0)
     figures = run.finish(dqn.train(run.args, run))
-    assert [bool(terminated) for _, _, terminated, _ in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
-    assert {reward for _, reward, _, _ in stored} == {1.0}
+    assert [bool(terminated) for *_, terminated, _ in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
+    assert {action for _, action, *_ in stored} == {0, 1, 2}
+    assert {reward for _, _, reward, *_ in stored} == {1.0}
+    memory = stored[0][0]
+    assert memory.count == 1 + 48 + 8 <= memory.capacity
+    assert memory.slots - memory.capacity >= 48 + 8
     assert json.loads((run.dir / "result.json").read_text())["train_return_mean"] == 30.0
     assert figures == {"eval_return_mean": 30.0, "eval_return_std": 0.0, "eval_episodes": 2}
 
@@ -471,11 +484,14 @@ def test_evaluation_stacks_screens_as_the_memory_does(play: object, monkeypatch:
     dqn.evaluate(dqn.Args(eval_episodes=3), model, CPU, None)
     assert looked == [True] * 9
     monkeypatch.undo()
+    taken, step = set(), Catch.step
+    monkeypatch.setattr(Catch, "step", lambda env, action: taken.add(action) or step(env, action))
     play(Catch)
     monkeypatch.setattr(dqn.QNetwork, "act", act)
     looked.clear()
     dqn.evaluate(dqn.Args(eval_episodes=500), model, CPU, None)
     assert len(looked) == pytest.approx(0.95 * 1500, abs=5 * (1500 * 0.05 * 0.95) ** 0.5)
+    assert taken == {0, 1, 2}
 
 
 def test_evaluation_plays_other_games_than_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,11 +514,12 @@ def test_evaluation_plays_other_games_than_the_training(tmp_path: Path, monkeypa
             return screen, reward, True, truncated, info
 
     monkeypatch.setattr(dqn, "AtariPreprocessing", Short)
-    flags = {"seed": 2, "total_timesteps": 32, "learning_starts": 32, "eval_episodes": 1, "sticky_actions": 0.25}
+    flags = {"seed": 2, "total_timesteps": 32, "learning_starts": 32, "eval_episodes": 2, "sticky_actions": 0.25}
     run = make_run(tmp_path, env_id="ALE/Breakout-v5", **flags)
     run.finish(dqn.train(run.args, run))
     (seed, noops), (other_seed, other_noops) = begun[0][0], begun[1][0]
     assert None not in (seed, other_seed)
+    assert begun[1][1][0] is None  # the second game goes on with the first one's random numbers
     assert seed != other_seed
     assert noops != other_noops
     assert [ale.getFloat("repeat_action_probability") for ale in made] == [0.25, 0.25]

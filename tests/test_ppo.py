@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from common import message_of, scalars
+from test_dqn_atari import papers_network
 
 import ppo_atari
 import ppo_continuous as ppo
@@ -146,40 +147,74 @@ class Screens(gym.Wrapper):
         return {}
 
 
-def test_atari_too_and_a_lost_life_is_terminal_but_the_game_goes_on(
+def test_atari_by_hand_and_a_lost_life_is_terminal_but_the_game_goes_on(
     tmp_path: Path, estimated: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """V(screens) = the newest grey. Games of 5 steps end, those of 8 are cut; a life is lost in the third step."""
-    limits = iter([5, 8, 8])
+    """The loop once more, with three logits for all screens and V(screens) = the newest grey + b.
+
+    Games of 5 steps end, those of 8 are cut; a life is lost in the third step.
+    """
+    limits, limit = iter([5, 8, 8]), np.array([5, 8, 8])
     monkeypatch.setattr(ppo_atari, "make_atari", lambda _, rng: Screens(rng, next(limits)))
 
     def forward(network: torch.nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return network.policy.bias.expand(len(obs), -1), obs[:, 0, 0, -1].float() + 0 * network.value.bias
+        return network.policy.bias.expand(len(obs), -1), obs[:, 0, 0, -1].float() + network.value.bias
 
     monkeypatch.setattr(ppo_atari.ActorCritic, "forward", forward)
-    run = make_run(tmp_path, ppo_atari, "ALE/Pong-v5", **SMALL)
-    ppo_atari.train(run.args, run)
-    for reward, terminal, done, value, next_value, *_ in estimated:
-        step = value + 1
-        limit = np.array([5, 8, 8])
+    flags = {"update_epochs": 2, "learning_rate": 0.1, "clip_coef": 0.05, "ent_coef": 0.5, "vf_coef": 0.3}
+    flags |= {"gamma": 0.9, "gae_lambda": 0.8, "max_grad_norm": 1e-4}
+    run = make_run(tmp_path, ppo_atari, "ALE/Pong-v5", **SMALL | flags)
+    network = ppo_atari.train(run.args, run)["actor_critic"]
+
+    rng, logits, b = np.random.default_rng(1), torch.zeros(3, requires_grad=True), torch.zeros(1, requires_grad=True)
+    adam = torch.optim.Adam([logits, b], lr=0.1, eps=1e-5)
+    rng.integers(2**31, size=3)  # the seeds of the environments
+    for iteration, (reward, terminal, done, value, next_value, gamma, gae_lambda, advantage) in enumerate(estimated):
+        step = (20 * iteration + np.arange(20)[:, None]) % limit + 1
         np.testing.assert_array_equal(reward, np.sign(step - 4))
         np.testing.assert_array_equal(terminal, (step == 3) | ((step == limit) & (limit == 5)))
         np.testing.assert_array_equal(done, (step == 3) | (step == limit))
-        np.testing.assert_array_equal(next_value[terminal == 0], step[terminal == 0])
-        np.testing.assert_array_equal(value[1:], np.where(step == limit, 0, step)[:-1])
+        np.testing.assert_allclose(value, step - 1 + b.item(), rtol=1e-5)
+        np.testing.assert_allclose(next_value[terminal == 0], step[terminal == 0] + b.item(), rtol=1e-5)
+        assert (gamma, gae_lambda) == (0.9, 0.8)
+        action = []
+        for row in step:  # a value for what the time limit cuts takes a draw too
+            action.append((logits.detach().numpy() + rng.gumbel(size=(3, 3))).argmax(axis=1))
+            rng.gumbel(size=(2 * (row[1] == 8), 3))
+        rng.gumbel(size=(3, 3))
+        kept = (np.array(action), step - 1, advantage, advantage + value)
+        action, grey, advantage, target = (torch.from_numpy(x).flatten() for x in kept)
+        old = logits.detach().log_softmax(0)[action]
+        for _ in range(2):
+            for index in np.split(rng.permutation(60), 4):
+                policy = torch.distributions.Categorical(logits=logits)
+                ratio = torch.exp(policy.log_prob(action[index]) - old[index])
+                gain = (advantage[index] - advantage[index].mean()) / advantage[index].std()
+                surrogate = torch.min(ratio * gain, torch.clip(ratio, 0.95, 1.05) * gain).mean()
+                loss = -surrogate + 0.3 * ((grey[index] + b - target[index]) ** 2).mean() / 2 - 0.5 * policy.entropy()
+                adam.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_([logits, b], 1e-4)
+                adam.step()
+        adam.param_groups[0]["lr"] = 0.1 * (1 - (iteration + 1) / 3)
+    torch.testing.assert_close(network.policy.bias, logits, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(network.value.bias, b, rtol=1e-3, atol=1e-5)
+    explained = 1 - (advantage.var() / target.var()).item()  # of the last rollout
+    assert scalars(run.dir, "losses/explained_variance")[-1] == (180, pytest.approx(explained, rel=1e-4))
     episodes = scalars(run.dir, "charts/episodic_return")
     assert {value for _, value in episodes} == {7.0 * (-3 - 2 - 1 + 0 + 1), 7.0 * (-3 - 2 - 1 + 0 + 1 + 2 + 3 + 4)}
 
 
 def test_screens_are_stacked_and_black_before_the_start() -> None:
-    env = ppo_atari.StackedScreens(Screens(np.random.default_rng(0), limit=9))
+    screens = Screens(np.random.default_rng(0), limit=9)
+    env = ppo_atari.StackedScreens(gym.wrappers.TransformObservation(screens, lambda screen: screen + 1, None))
     obs, _ = env.reset()
     greys = [obs[0, 0].tolist()]
     for _ in range(5):
         obs, *_ = env.step(0)
         greys.append(obs[0, 0].tolist())
         assert obs is env.obs
-    assert greys == [[0] * 4, [0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+    assert greys == [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -237,11 +272,16 @@ def test_policy_is_a_gaussian() -> None:
 
 
 def test_atari_samples_from_the_softmax() -> None:
+    """Of the paper's network, with a second output for the value."""
     torch.manual_seed(0)
     network = ppo_atari.ActorCritic(3)
     network.policy.bias.data = torch.tensor([0.0, 1.0, -1.0])
     obs = np.random.default_rng(0).integers(256, size=(1, 84, 84, 4)).astype(np.uint8)
     logits, value = network(torch.from_numpy(obs))
+    for head, given in ((network.policy, logits), (network.value, value[:, None])):
+        weights = [*network.layers.parameters(), *head.parameters()]
+        expected = papers_network(weights, torch.from_numpy(obs).permute(0, 3, 1, 2))
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
     categorical = torch.distributions.Categorical(logits=logits[0])
     rng, counts = np.random.default_rng(0), np.zeros(3)
     with torch.no_grad():
@@ -251,6 +291,38 @@ def test_atari_samples_from_the_softmax() -> None:
     np.testing.assert_allclose(counts, categorical.probs.detach(), atol=0.015)  # four standard deviations
     np.testing.assert_allclose(log_prob, categorical.log_prob(torch.from_numpy(action)).detach(), rtol=1e-5)
     np.testing.assert_array_equal(values, value.item())
+
+
+def test_atari_evaluation_samples_other_games_and_counts_whole_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 for each action 1, of probability p, in games of 8 steps: 56 p on average, within five standard deviations."""
+    made, seeds = [], []
+
+    class Rewarded(Screens):
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+            seeds.append(seed)
+            return super().reset()
+
+        def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+            screen, _, *rest = super().step(action)
+            return screen, 7.0 * (action == 1), *rest
+
+    def make(_: object, rng: np.random.Generator, video_dir: None, **limits: int) -> gym.Env:
+        made.append((rng.bit_generator.seed_seq.entropy, limits))
+        return Rewarded(rng, limit=8)
+
+    monkeypatch.setattr(ppo_atari, "make_atari", make)
+    monkeypatch.setattr(
+        ppo_atari.ActorCritic, "forward", lambda net, x: (net.policy.bias.expand(len(x), -1), net.value.bias)
+    )
+    network = ppo_atari.ActorCritic(3)
+    network.policy.bias.data = torch.tensor([0.0, 1.0, -1.0])
+    model = {"actor_critic": network.state_dict()}
+    figures = ppo_atari.evaluate(ppo_atari.Args(seed=2, eval_episodes=40), model, torch.device("cpu"), None)
+    p = network.policy.bias.softmax(0)[1].item()
+    assert figures["eval_return_mean"] == pytest.approx(56 * p, abs=5 * 7 * (8 * p * (1 - p) / 40) ** 0.5)
+    assert figures["eval_return_std"] == pytest.approx(7 * (8 * p * (1 - p)) ** 0.5, rel=0.5)
+    assert made == [(1_000_002, {"max_num_frames_per_episode": 18_000})]
+    assert seeds == [1_000_002] + [None] * 39
 
 
 @both

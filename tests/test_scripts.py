@@ -338,7 +338,7 @@ def test_a_missing_replay_file_is_named(
         shutil.copy(finished / name, "runs/whole")
     flags = [*SHORT[script], "--run-name", "whole", "--resume"]
     module = importlib.import_module(script)
-    assert "the run can only start anew" in message_of(module, flags, capsys, monkeypatch)
+    assert "; start anew" in message_of(module, flags, capsys, monkeypatch)
     for name in ("screens", "steps", "transitions"):
         Path(f"runs/whole/replay.{name}").touch()
     shutil.copytree("runs/whole", "runs/cut")  # the folder's lock goes with a process
