@@ -27,8 +27,9 @@ Differs from the paper:
 - A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
 - Networks, rates and noise are those of Fujimoto's repository (sfujim/TD3, OurDDPG.py). Its process N is Gaussian,
-  independent from step to step: line 5 has nothing to do. The paper: batch normalisation, 400 and 300 units, rates of
-  1e-4 and 1e-3, tau 0.001, batches of 64, weight decay in the critic, an Ornstein-Uhlenbeck process.
+  independent from step to step: line 5 has nothing to do. The paper: batch normalisation, 400 and 300 units, actions
+  from the critic's second layer on, small last layers, rates of 1e-4 and 1e-3, tau 0.001, batches of 64, weight decay
+  in the critic, Ornstein-Uhlenbeck noise.
 """
 
 # /// script
@@ -299,10 +300,9 @@ def train(args: Args, run: Run) -> dict[str, Actor]:
     actor_adam = torch.optim.Adam([theta], lr=args.learning_rate, fused=True)
     critic_adam = torch.optim.Adam([phi], lr=args.learning_rate, fused=True)
     # 3: initialise replay memory R
-    capacity = min(args.buffer_size, args.total_timesteps)
-    slots = capacity + min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
+    slots = min(args.buffer_size + (args.checkpoint_frequency or args.total_timesteps), args.total_timesteps)
     rows = run.map_file("transitions", np.float32, (slots, 2 * d_obs + d_action + 2))
-    memory = ReplayMemory(capacity, rows, d_obs, rng, device)
+    memory = ReplayMemory(args.buffer_size, rows, d_obs, rng, device)
 
     networks = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
     if not run.restore(env=env, memory=memory, actor_adam=actor_adam, critic_adam=critic_adam, **networks):

@@ -22,8 +22,8 @@ The parametric functions f(x; w) and how they learn. The numbers stand again bel
     13      keep w if the loss on the validation examples is the best so far
 
 An MLP with one hidden layer approximates every continuous function on a bounded region, given enough units (Cybenko
-1989, Hornik et al. 1989). That good weights exist does not mean that descent finds them: from usual starts three
-sigmoids do not find the sine. `--restarts` and `--init-scale` do.
+1989, Hornik et al. 1989). That good weights exist does not mean that descent finds them: from a usual start three
+sigmoids often miss the sine. `--restarts` takes the best of several, `--init-scale` begins with steep units.
 """
 
 # /// script
@@ -108,14 +108,14 @@ class Args:
     activation: Literal["relu", "sigmoid", "tanh"] | None = None
     """of an MLP. Default: sigmoid; with --data relu"""
     init_scale: NonNegative | None = None
-    """an MLP's first layer starts with weights of this standard deviation, each unit's midpoint at a random example.
-    Default: 8 with lbfgs on a --dataset, else 0: as PyTorch does"""
+    """an MLP's first layer starts with weights of this standard deviation over the root of the number of inputs, each
+    unit's midpoint at a random example. Default: 8 with lbfgs on a --dataset, else 0: as PyTorch does"""
     optimizer: Literal["sgd", "adam", "lbfgs"] | None = None
     """lbfgs takes all examples at once. Default: lbfgs; with --data adam"""
     learning_rate: Positive | None = None
     """step size. Default: 1 with lbfgs, else 0.001"""
     batch_size: Count | None = None
-    """examples in a minibatch. Default: 10 with sgd, 64 with adam; with adam and --data 200, or all if fewer"""
+    """examples in a minibatch, or all if fewer. Default: 10 with sgd, 64 with adam; with adam and --data 200"""
     epochs: Count | None = None
     """passes over the training examples, at most; with lbfgs 20 iterations each. Default: 25 with lbfgs, else 1000"""
     patience: Natural | None = None
@@ -171,7 +171,7 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
     """A CSV file with a header that has these columns, `text` unparsed; ends the program where it is none."""
     header = [""]
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             header = next(csv.reader(file), [""])
         options = {"index_col": False, "low_memory": False, "dtype": dict.fromkeys(text, str)}
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
@@ -219,7 +219,7 @@ def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
             scale = {
                 "median": values.median(),
                 "mean": filled.mean(),
-                "std": filled.std(ddof=0) if distinct > 1 else 1.0,
+                "std": filled.std(ddof=0) * (distinct > 1) or 1.0,
             }
             encoding["inputs"].append({"name": name, "missing": missing} | {key: float(scale[key]) for key in scale})
         elif distinct == column.count() and not missing:
@@ -247,18 +247,19 @@ def encode(frame: pd.DataFrame, encoding: dict) -> np.ndarray:
 def describe(frame: pd.DataFrame, encoding: dict) -> None:
     """Says what becomes of a table's columns."""
     for column in encoding["inputs"]:
-        name, there, instead = column["name"], frame[column["name"]].dropna(), "a category of its own"
+        name, there = column["name"], frame[column["name"]].dropna()
+        instead = "a category of its own" if column["missing"] else "coded as none"
         if "categories" in column:
             text = there.astype(str)
             others = text[~text.isin(column["categories"])]
-            print(f"column {name}: one-hot, {len(column['categories'])} of {text.nunique()} categories")
+            print(f"column {name}: one-hot, {len(column['categories'])} categories")
             if len(others):
                 print(f"column {name}: {len(others):,} rows have others, such as {others.iloc[0]}: coded as none")
             odd, bare = not_numbers(there), text.str.replace(r"[,%$€\s]", "", regex=True)
             if len(odd) and pd.to_numeric(bare, errors="coerce").notna().mean() > 0.5:
                 print(f"column {name}: most of it looks like numbers, but not {odd.iloc[0]} in row {odd.index[0] + 1}")
         else:
-            instead = f"the median {column['median']:g}, marked"
+            instead = f"the median {column['median']:g}" + ", marked" * column["missing"]
         if len(there) < len(frame):
             print(f"column {name}: where it is missing, {instead}")
     for reason in encoding["left_out"]:
@@ -305,8 +306,6 @@ def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarr
     if args.model == "logistic" and not (y.min() >= 0 and y.max() <= 1):
         fail(f"--model logistic: its values lie in (0, 1), but there are targets from {y.min():g} to {y.max():g}")
     parts = {part: (x[rows], y[rows]) for part, rows in zip(PARTS, split, strict=True)}
-    if args.batch_size and args.batch_size > len(parts["training"][0]) and not args.data:
-        fail(f"--batch-size {args.batch_size}: there are only {len(split[0])} rows to train on")
     baseline = parts["training"][1].mean(axis=0, dtype=np.float64)
     encoding["baseline"] = (np.array(encoding["mean"]) + np.array(encoding["std"]) * baseline).tolist()
     return parts, encoding
@@ -504,6 +503,8 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     if same:
         x, y = make_data(dataclasses.replace(args, seed=model["seed"]), quiet=True)[0]["test"]
         target = mean + std * y
+    elif not args.evaluate:
+        fail(f"--data {args.data} has changed since the training began")
     if args.evaluate and args.data:
         text = tuple(column["name"] for column in encoding["inputs"] if "categories" in column)
         frame = read_table(args.data, tuple(column["name"] for column in encoding["inputs"]), text)
@@ -539,9 +540,9 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
-    if args.batch_size and (args.optimizer or ("adam" if args.data else "lbfgs")) == "lbfgs":
-        fail(f"--batch-size {args.batch_size}: lbfgs takes all examples at once; take --optimizer adam or sgd")
     fill_defaults(args)
+    if args.batch_size and args.optimizer == "lbfgs":
+        fail(f"--batch-size {args.batch_size}: lbfgs takes all examples at once; take --optimizer adam or sgd")
     if not args.hidden_sizes or (args.model == "rbf" and len(args.hidden_sizes) > 1):
         fail(f"--hidden-sizes {args.hidden_sizes}: give one number for each hidden layer; an RBF network has one")
     if bool(args.data) != bool(args.target) or len(set(args.target)) < len(args.target):

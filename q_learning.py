@@ -405,8 +405,8 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
     q_function = QFunction(args, env).to(device)
     target_network = copy.deepcopy(q_function) if args.target_network else q_function
     d_obs = env.observation_space.shape[0]
-    capacity = min(args.buffer_size, args.total_timesteps) if args.replay else 1
-    slots = capacity + min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
+    capacity = args.buffer_size if args.replay else 1
+    slots = min(capacity + (args.checkpoint_frequency or args.total_timesteps), args.total_timesteps)
     memory = ReplayMemory(capacity, run.map_file("transitions", np.float32, (slots, 2 * d_obs + 3)), d_obs, rng, device)
 
     if not run.restore(env=env, memory=memory, q_function=q_function, target_network=target_network):

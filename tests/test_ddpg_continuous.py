@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Fills with what a training stores: obs, action, reward, terminated, next_obs."""
     rows, append = [], ddpg.ReplayMemory.append
-    monkeypatch.setattr(ddpg.ReplayMemory, "append", lambda memory, *row: rows.append(row) or append(memory, *row))
+    monkeypatch.setattr(ddpg.ReplayMemory, "append", lambda *row: rows.append(copy.deepcopy(row[1:])) or append(*row))
     return rows
 
 
@@ -229,11 +229,18 @@ class BrokenReward(Bounds):
 
 
 class Ending(Bounds):
-    """Ends in a terminal state at every third step."""
+    """Ends in a terminal state at every third step; its observations are one array, changed in place."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    obs = np.zeros(2, np.float32)
+
+    def reset(self, **options: object) -> tuple[np.ndarray, dict]:
+        self.obs[:], info = super().reset(**options)
+        return self.obs, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, *_ = super().step(action)
-        return obs, float(action[0]), self.t == 3, False, {}
+        self.obs[:], *_ = super().step(action)
+        return self.obs, float(action[0]), self.t == 3, False, {}
 
 
 class OwnLimit(Bounds):
@@ -443,22 +450,35 @@ def test_only_a_terminal_state_stops_the_bootstrap(
     assert ends == ([50, 100] if env_id == "Bounds-v0" else list(range(3, 121, 3)))
     for step, (row, following) in enumerate(itertools.pairwise(stored), start=1):
         assert np.array_equal(row[4], following[0]) == (step not in ends)  # the episode's own last state
+        assert not np.array_equal(row[0], row[4])
 
 
 def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights after four updates, targets' too, from the minibatches that the memory gave with an Adam by hand."""
     batches, sample = [], ddpg.ReplayMemory.sample
-    monkeypatch.setattr(ddpg.ReplayMemory, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
+
+    def sampled(memory: ddpg.ReplayMemory, batch_size: int) -> tuple[torch.Tensor, ...]:
+        assert memory.capacity == 65  # --buffer-size
+        batches.append(sample(memory, batch_size))
+        return batches[-1]
+
+    monkeypatch.setattr(ddpg.ReplayMemory, "sample", sampled)
+    evaluated = []
+    monkeypatch.setattr(ddpg, "evaluate", lambda _, model, *__: evaluated.append(copy.deepcopy(model["actor"])) or {})
     flags = {"batch_size": 64, "gamma": 0.9, "tau": 0.2, "learning_rate": 1e-2, "learning_starts": 64}
+    flags |= {"buffer_size": 65, "eval_frequency": 66}
     run = make_run(tmp_path, "Ending-v0", 67, **flags)
     torch.manual_seed(7)
     actor, critic = ddpg.Actor(2, 2, (8, 8)), ddpg.Critic(2, 2, (8, 8))
-    monkeypatch.setattr(ddpg, "Actor", lambda *_: copy.deepcopy(actor))
-    monkeypatch.setattr(ddpg, "Critic", lambda *_: copy.deepcopy(critic))
+    made = [copy.deepcopy(critic), copy.deepcopy(actor)]  # once each: the targets are copies
+    monkeypatch.setattr(ddpg, "Actor", lambda *_: made.pop())
+    monkeypatch.setattr(ddpg, "Critic", lambda *_: made.pop())
+    monkeypatch.setattr(ddpg, "LOG_FREQUENCY", 1)
     model = ddpg.train(run.args, run)
     trained = torch.load(run.dir / "checkpoint.pt", weights_only=True)["parts"]
 
     target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
+    losses = {"qf1_loss": [], "qf1_values": [], "actor_loss": []}
     moments = {network: [[0.0, 0.0] for _ in network.parameters()] for network in (actor, critic)}
 
     def adam(network: torch.nn.Module, loss: torch.Tensor, count: int) -> None:
@@ -473,26 +493,34 @@ def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert set(terminated.tolist()) == {0.0, 1.0}
         with torch.no_grad():
             y = reward + 0.9 * torch.where(terminated == 1, 0.0, target_critic(next_obs, target_actor(next_obs)))
-        adam(critic, ((y - critic(obs, action)) ** 2).sum() / 64, count)
-        adam(actor, -critic(obs, actor(obs)).sum() / 64, count)
+        q_value = critic(obs, action)
+        adam(critic, critic_loss := ((y - q_value) ** 2).sum() / 64, count)
+        adam(actor, actor_loss := -critic(obs, actor(obs)).sum() / 64, count)
+        for values, value in zip(losses.values(), (critic_loss, q_value.mean(), actor_loss), strict=True):
+            values.append(value.item())
         with torch.no_grad():
             for target, network in ((target_actor, actor), (target_critic, critic)):
                 for old, new in zip(target.parameters(), network.parameters(), strict=True):
                     old.copy_(0.8 * old + 0.2 * new)
+        if count == 3:  # step 66
+            for key, weight in actor.state_dict().items():
+                torch.testing.assert_close(evaluated[0][key], weight, rtol=1e-4, atol=1e-5)
     networks = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
     for name, network in networks.items():
         for key, weight in network.state_dict().items():
             torch.testing.assert_close(trained[name][key], weight, rtol=1e-4, atol=1e-5)
     for key, weight in model["actor"].state_dict().items():
         assert torch.equal(weight, trained["actor"][key])
+    for name, values in losses.items():
+        assert [value for _, value in scalars(run.dir, f"losses/{name}")] == pytest.approx(values, rel=1e-3)
 
 
 def test_exploration(tmp_path: Path, stored: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniform actions, then the actor's at the state that it is in, with Gaussian noise, clipped to the bounds."""
     seen, answer = [], np.array([0.0, 0.95], np.float32)
-    monkeypatch.setattr(ddpg.Actor, "act", lambda _, obs: seen.append(obs) or answer)
+    monkeypatch.setattr(ddpg.Actor, "act", lambda actor, obs: seen.append((actor, obs)) or answer)
     run = make_run(tmp_path, "Ending-v0", 1_000, learning_starts=500, exploration_noise=0.2, hidden_sizes=(1, 1))
-    ddpg.train(run.args, run)
+    model = ddpg.train(run.args, run)
     actions = np.array([action for _, action, *_ in stored])
     assert actions.shape == (1_000, 2)
     assert np.abs(actions).max() == 1
@@ -502,8 +530,11 @@ def test_exploration(tmp_path: Path, stored: list[tuple], monkeypatch: pytest.Mo
     assert noise[:, 0].std() == pytest.approx(0.2, rel=0.12)
     assert abs(noise[:, 0].mean()) < 0.04
     assert abs(np.corrcoef(noise[:-1, 0], noise[1:, 0])[0, 1]) < 0.15
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.15  # each dimension its own
+    assert np.abs(noise[:, 0]).max() > 0.45  # a uniform one of this deviation ends at 0.35
     assert (actions[500:, 1] == 1).mean() == pytest.approx(0.4013, abs=0.1)  # P(0.2 z > 0.05)
-    np.testing.assert_array_equal(seen, [row[0] for row in stored[500:]])
+    np.testing.assert_array_equal([obs for _, obs in seen], [row[0] for row in stored[500:]])
+    assert all(actor is model["actor"] for actor, _ in seen)
 
 
 def test_exploration_and_environment_draw_different_numbers(tmp_path: Path, stored: list[tuple]) -> None:
@@ -543,6 +574,9 @@ def test_evaluation_equals_a_loop_by_hand() -> None:
     figures = ddpg.evaluate(args, {"actor": actor.state_dict()}, CPU, None)
     expected = {"eval_return_mean": np.mean(returns), "eval_return_std": np.std(returns), "eval_episodes": 3}
     assert figures == pytest.approx(expected, rel=1e-3)
+    args, actor = ddpg.Args(env_id="Ending-v0", hidden_sizes=(8, 8), eval_episodes=1), ddpg.Actor(2, 2, (8, 8))
+    figures = ddpg.evaluate(args, {"actor": actor.state_dict()}, CPU, None)
+    assert -3 <= figures["eval_return_mean"] <= 9  # a terminal state ends it: three rewards from -1 to 3
 
 
 def test_it_learns_to_swing_up(tmp_path: Path) -> None:

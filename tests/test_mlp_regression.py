@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import message_of, run, scalars
+from common import message_of, read_events, run, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mlp_regression as mlp
@@ -53,7 +53,12 @@ def test_linear_logistic_and_rbf_are_their_formulas() -> None:
     torch.manual_seed(0)
     x = np.random.default_rng(0).standard_normal((6, 3))
     linear, logistic = mlp.Linear(3, 2).double(), mlp.Logistic(3, 2).double()
-    rbf = mlp.RBFNetwork(3, 2, 4, torch.randn(9, 3)).double()
+    examples = torch.randn(9, 3)
+    rbf = mlp.RBFNetwork(3, 2, 4, examples).double()
+    places = torch.cdist(rbf.centres, examples.double()).min(dim=1)
+    assert places.values.max() < 1e-6
+    assert len(places.indices.unique()) > 1
+    torch.testing.assert_close(rbf.widths.data, torch.full((4,), 3**0.5 / 4 ** (1 / 3)).double())
     for model, squash in ((linear, lambda z: z), (logistic, sigma)):
         w = weights_of(model)
         for row, output in zip(x, model(torch.from_numpy(x)).detach().numpy(), strict=True):
@@ -90,12 +95,19 @@ def test_gradients_are_finite_differences(model: str) -> None:
 
 def test_midpoints_of_the_first_layer_lie_at_examples() -> None:
     torch.manual_seed(0)
-    examples = torch.randn(50, 1)
-    model = mlp.make_model(made_args(hidden_sizes=(200,), init_scale=8.0), 1, 1, examples)
-    weight, bias = model.layers[0].weight.detach()[:, 0], model.layers[0].bias.detach()
-    assert weight.std().item() == pytest.approx(8, rel=0.2)
-    distance = (-(bias / weight)[:, None] - examples[:, 0]).abs().min(dim=1).values
-    assert distance.max() < 1e-5
+    examples = torch.randn(50, 4)
+    model = mlp.make_model(made_args(hidden_sizes=(200,), init_scale=6.0), 4, 1, examples)
+    assert model.layers[0].weight.std().item() == pytest.approx(3, rel=0.1)  # 6 / sqrt(inputs)
+    nearest = model.layers[0](examples).abs().min(dim=0)  # for each unit
+    assert nearest.values.max() < 1e-4
+    assert len(nearest.indices.unique()) > 40
+
+
+def test_known_functions_at_two_points() -> None:
+    x = np.array([[0.5, 0], [0, -0.7]], np.float32)
+    known = {"plane": [0.55, 0.79], "circle": [1, 0], "spiral": [0.5 * np.sin(3), 0.7 * np.sin(4.2 - np.pi / 2)]}
+    for name, values in known.items():
+        np.testing.assert_allclose(mlp.known_function(mlp.Args(dataset=name), x)[:, 0], values, rtol=1e-5)
 
 
 def test_the_printed_three_sigmoids_approximate_sin_of_2_pi_x() -> None:
@@ -144,6 +156,9 @@ def test_an_epoch_of_sgd_by_hand() -> None:
     np.testing.assert_allclose(model.last.weight.detach().numpy()[0], w)
     assert model.last.bias.item() == pytest.approx(w_0)
     assert loss == pytest.approx(squares / 10)
+    for name, line_search in (("adam", None), ("lbfgs", "strong_wolfe")):
+        (group,) = mlp.make_optimizer(made_args(optimizer=name, learning_rate=0.1), model).param_groups
+        assert (group["lr"], group.get("line_search_fn")) == (0.1, line_search)
 
 
 def test_three_sigmoids_find_the_sine(tmp_path: Path) -> None:
@@ -162,9 +177,9 @@ def test_three_sigmoids_find_the_sine(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> None:
-    """Few noisy examples and many units overfit: the best validation loss comes early."""
+    """Few noisy examples and many units overfit: the best validation loss comes early, here in the first start."""
     flags = ["--noise", "0.5", "--samples", "60", "--hidden-sizes", "30", "--restarts", "2"]
-    flags = [*flags, "--patience", "7", "--run-name", "noisy"]
+    flags = [*flags, "--patience", "7", "--seed", "6", "--run-name", "noisy"]
     assert run("mlp_regression", *flags, cwd=tmp_path).returncode == 0
     run_dir = tmp_path / "runs" / "noisy"
     steps, losses = np.array(scalars(run_dir, "losses/validation")).T
@@ -175,11 +190,18 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> Non
         assert 8 <= start.sum() < 25
         assert losses[start].argmin() == start.sum() - 8
     assert 26 in steps
-    args = made_args(noise=0.5, samples=60, hidden_sizes=(30,))
+    args = made_args(noise=0.5, samples=60, hidden_sizes=(30,), seed=6)
     model = mlp.make_model(args, 1, 1)
     model.load_state_dict(best["weights"])
-    x, y = mlp.make_data(args)[0]["validation"]
+    parts, _ = mlp.make_data(args)
+    x, y = parts["training"]
+    assert (y - np.sin(2 * np.pi * x)).std() == pytest.approx(0.5, rel=0.2)
+    x, y = parts["validation"]
     assert ((mlp.predict(model, torch.from_numpy(x)) - y) ** 2).mean() == pytest.approx(losses.min(), rel=1e-5)
+    events = read_events(run_dir)
+    assert [e.value for e in events.Scalars("charts/validation_r2")] == pytest.approx(1 - losses / y.var(), rel=1e-3)
+    drawn, (best_drawn,) = ({e.step: e.encoded_image_string for e in events.Images("model")}, events.Images("best"))
+    assert best_drawn.encoded_image_string == drawn[best["step"]] != drawn[4]
 
 
 def test_scores_by_hand() -> None:
@@ -190,14 +212,19 @@ def test_scores_by_hand() -> None:
 
 def test_lbfgs_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its state is its history of steps and gradients; from a copy of the folder in the middle of the second start."""
-    weights, save = [], mlp.Run.save_checkpoint
+    weights, save, fresh, train_epoch = [], mlp.Run.save_checkpoint, [], mlp.train_epoch
 
     def save_and_copy(run: mlp.Run) -> None:
         save(run)
         if run.progress["step"] == 8 and run.dir.name == "whole":
             shutil.copytree(run.dir, tmp_path / "copied")
 
+    def watched(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *rest: object) -> float:
+        fresh.append(not optimizer.state)
+        return train_epoch(model, optimizer, *rest)
+
     monkeypatch.setattr(mlp.Run, "save_checkpoint", save_and_copy)
+    monkeypatch.setattr(mlp, "train_epoch", watched)
     for name, resume in (("whole", False), ("copied", True)):
         args = mlp.Args(runs_dir=tmp_path, run_name=name, resume=resume, restarts=2, epochs=6, checkpoint_frequency=4)
         args.device = "cpu"
@@ -209,6 +236,7 @@ def test_lbfgs_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     curves = [scalars(tmp_path / name, "losses/validation") for name in ("whole", "copied")]
     assert curves[0] == curves[1]
     assert [step for step, _ in curves[0]] == list(range(1, 13))
+    assert fresh == [True, *[False] * 5, True, *[False] * 5, *[False] * 4]  # each start begins without a history
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -327,7 +355,7 @@ def test_columns_become_numbers_as_said(tmp_path: Path, capsys: pytest.CaptureFi
     for line in (
         "198 rows, 2 without a target left out",
         "column rooms: where it is missing, the median",
-        "column city: one-hot, 3 of 3 categories",
+        "column city: one-hot, 3 categories",
         "column city: where it is missing, a category of its own",
         "column country (constant): left out",
     ):
@@ -367,11 +395,17 @@ def test_linear_model_on_a_table_is_least_squares(tmp_path: Path) -> None:
     design = np.column_stack([np.ones(300), frame[["a", "b", "c"]]])
     targets = frame[["v", "u"]].to_numpy()
     expected = design @ np.linalg.lstsq(design[training], targets[training], rcond=None)[0]
-    evaluated = run("mlp_regression", "--evaluate", "runs/table/model.pt", "--data", "table.csv", cwd=tmp_path)
+    frame.assign(u=frame["u"].where(frame.index > 0)).to_csv(tmp_path / "gap.csv", index=False)
+    evaluated = run("mlp_regression", "--evaluate", "runs/table/model.pt", "--data", "gap.csv", cwd=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
-    predicted = pd.read_csv(tmp_path / "runs/table/predictions__table.csv")
+    predicted = pd.read_csv(tmp_path / "runs/table/predictions__gap.csv")
+    mse = ((predicted[1:] - targets[1:]) ** 2).to_numpy().mean()  # of all rows with both targets
+    assert f"test_mse {mse:.6g}," in evaluated.stdout
     assert list(predicted.columns) == ["v", "u"]
     np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-2)
+    content = torch.load(tmp_path / "runs/table/model.pt", weights_only=True)
+    with pytest.raises(SystemExit, match="2"):  # within a run
+        mlp.evaluate(mlp.Args(**content["args"] | {"data": str(tmp_path / "gap.csv")}), content, CPU, None)
 
     errors = expected[test] - targets[test]
     figures = json.loads((tmp_path / "runs/table/result.json").read_text())
@@ -432,6 +466,13 @@ def test_a_small_table_with_the_defaults(tmp_path: Path) -> None:
     assert scalars(tmp_path / "runs" / "t", "losses/train")[-1][0] == best["step"] + 20
 
 
+def test_a_logistic_model_learns_the_targets_as_they_are(tmp_path: Path) -> None:
+    pd.DataFrame({"a": np.arange(60.0), "t": [0, 1] * 30}).to_csv(tmp_path / "t.csv", index=False)
+    parts, encoding = mlp.make_data(made_args(data=str(tmp_path / "t.csv"), target=("t",), model="logistic"))
+    assert (encoding["mean"], encoding["std"]) == ([0], [1])
+    assert set(parts["training"][1].ravel()) == {0, 1}
+
+
 def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Tiny units are no constant; names are left out; one bad cell makes a number text."""
     frame = houses()
@@ -443,7 +484,11 @@ def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [column["name"] for column in encoding["inputs"]] == ["area", "rooms", "city", "farads", "year"]
     said = capsys.readouterr().out
     assert "column name (different in every row): left out" in said
-    assert "column year: one-hot, 50 of" in said
+    assert "column year: one-hot, 50 categories" in said
+    rows = np.random.default_rng(1).permutation(198)[:139]
+    counts = frame.dropna(subset="price")["year"].iloc[rows].value_counts()
+    kept = counts.index.isin(encoding["inputs"][-1]["categories"])
+    assert counts[kept].min() >= counts[~kept].max()
     assert "column year: most of it looks like numbers, but not ? in row 8" in said
 
 
@@ -481,6 +526,7 @@ def test_names_with_dollars_are_drawn_and_new_categories_and_files_of_one_name_a
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"garden": ["yes", "no"] * 60, "area": rng.uniform(1, 2, 120), "n": rng.uniform(1, 2, 120)})
     frame["cost_$_in_$"] = frame["area"] * 100
+    frame["plot"] = ["01", "02", "A"] * 40
     frame.to_csv(tmp_path / "t.csv", index=False)
     flags = ["--data", "t.csv", "--target", "cost_$_in_$", "--epochs", "2", "--run-name", "t"]
     trained = run("mlp_regression", *flags, cwd=tmp_path)
@@ -489,10 +535,11 @@ def test_names_with_dollars_are_drawn_and_new_categories_and_files_of_one_name_a
     again = run("mlp_regression", "--evaluate", "runs/t/model.pt", "--seed", "7", cwd=tmp_path)  # its own test rows
     assert again.stdout.splitlines()[-1].split(": ")[1] == figures
     (tmp_path / "new").mkdir()
-    frame.assign(garden="Yes").to_csv(tmp_path / "new" / "t.csv", index=False)
+    frame.assign(garden="Yes", plot="01").to_csv(tmp_path / "new" / "t.csv", index=False)
     new = run("mlp_regression", "--evaluate", "runs/t/model.pt", "--data", "new/t.csv", cwd=tmp_path)
     assert (new.returncode, new.stderr) == (0, "")
     assert "column garden: 120 rows have others, such as Yes: coded as none" in new.stdout
+    assert "column plot: 120 rows" not in new.stdout  # 01 is still text
     first, second = (tmp_path / "runs" / "t" / f"predictions__t{number}.csv" for number in ("", "-2"))
     assert len(pd.read_csv(first)) == len(pd.read_csv(second)) == 120
     assert first.read_text() != second.read_text()
@@ -535,7 +582,6 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
         ("--data huge.csv --target price", "column area has 1e+155 in row 40"),
         ("--data same.csv --target price", "one value in all rows to train on"),
         ("--data houses.csv --target price price", "no column twice"),
-        ("--samples 60 --optimizer sgd --batch-size 43", "there are only 42 rows to train on"),
         ("--data alone.csv --target price", "no column is left to predict from; left out: country (constant)"),
         ("--data dates.csv --target price", "left out: day (different in every row)"),
         ("--data twice.csv --target price", "more than one column is called 'area'"),
