@@ -219,7 +219,7 @@ def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
             scale = {
                 "median": values.median(),
                 "mean": filled.mean(),
-                "std": filled.std(ddof=0) * (distinct > 1) or 1.0,
+                "std": filled.std(ddof=0) if distinct > 1 else 1.0,
             }
             encoding["inputs"].append({"name": name, "missing": missing} | {key: float(scale[key]) for key in scale})
         elif distinct == column.count() and not missing:
