@@ -930,7 +930,9 @@ def main() -> None:
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # NumPy's; torch's
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
         fail(f"out of memory: {error}")
     except OSError as error:  # a full disk, a folder that cannot be written to
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):

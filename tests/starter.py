@@ -36,6 +36,8 @@ os.chdir(task["cwd"])
 for number, path in enumerate([os.devnull, *task["output"]]):
     os.dup2(os.open(path, os.O_RDWR), number)
 sys.argv, sys.path[0] = task["command"], os.path.dirname(task["command"][0])
+if "cuda" in sys.argv:
+    del os.environ["CUDA_VISIBLE_DEVICES"]
 
 if task["interruption"]:
     what, moment, function, call = task["interruption"]

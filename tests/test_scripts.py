@@ -175,6 +175,19 @@ def test_other_flags_resume_to_the_bit_too(script: str, flags: str, tmp_path: Pa
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
 
 
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
+def test_on_a_gpu_it_resumes_to_the_bit_too(script: str, tmp_path: Path) -> None:
+    """And what is trained there is evaluated on a CPU."""
+    flags = [*SHORT[script], "--device", "cuda"]
+    result = run(script, *flags, "--run-name", "whole", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "runs" / "whole" / "result.json").read_text())["device"] == "cuda"
+    kill(script, "before", 3, *flags, "--run-name", "killed", cwd=tmp_path)
+    assert run(script, *flags, "--run-name", "killed", "--resume", cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
+    assert run(script, "--evaluate", "runs/whole/model.pt", cwd=tmp_path).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("script", "signals", "call"),
     [
@@ -526,6 +539,17 @@ def test_bad_input(
     before = {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert expected in message_of(importlib.import_module(script), given, capsys, monkeypatch)
     assert {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("script", ["ddpg_continuous", "mlp_regression"], indirect=True)
+def test_more_memory_than_there_is(
+    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A layer of 256 TB, more than addresses reach."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*SHORT[script], "--hidden-sizes", "8000000", "8000000"]
+    assert "out of memory: " in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
+    assert not list(tmp_path.glob("runs/*"))
 
 
 BOUNDS = ["--seed -1", "--seed 9999999999999999999999", "--learning-rate 0", "--learning-rate nan"]
