@@ -374,12 +374,14 @@ def check(args: Args) -> str:
         order = "--batch-size <= --learning-starts <= --total-timesteps, and --batch-size <= --buffer-size"
         fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")
     if args.capture_video:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             try:
                 with make_env(args, Path(folder) / "videos") as env:
                     env.reset()
             except Exception as error:  # every renderer has its own
-                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
+                sys.unraisablehook = lambda _: None  # and some raise another when they are deleted
+                hint = "; install libEGL" * ("egl" in repr(error))
+                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r}){hint}")
     return args.env_id
 
 

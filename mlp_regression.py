@@ -126,8 +126,8 @@ class Args:
     # The run
     seed: Natural = 1
     """seed of the weights, of all draws and of the environment"""
-    device: Literal[DEVICES] = "auto"
-    """auto takes an accelerator where there is one"""
+    device: Literal[DEVICES] = "cpu"
+    """auto takes an accelerator where there is one; networks this small are faster without"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""

@@ -127,8 +127,8 @@ class Args:
     # The run
     seed: Natural = 1
     """seed of the weights, of all draws and of the environment"""
-    device: Literal[DEVICES] = "auto"
-    """auto takes an accelerator where there is one"""
+    device: Literal[DEVICES] = "cpu"
+    """auto takes an accelerator where there is one; networks this small are faster without"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""
@@ -472,12 +472,14 @@ def check(args: Args) -> str:
     if size % args.num_minibatches or size == args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout into 2 or more each")
     if args.capture_video:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             try:
                 with make_env(args, Path(folder) / "videos") as env:
                     env.reset()
             except Exception as error:  # every renderer has its own
-                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
+                sys.unraisablehook = lambda _: None  # and some raise another when they are deleted
+                hint = "; install libEGL" * ("egl" in repr(error))
+                fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r}){hint}")
     return args.env_id
 
 

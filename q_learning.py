@@ -126,8 +126,8 @@ class Args:
     # The run
     seed: Natural = 1
     """seed of the weights, of all draws and of the environment"""
-    device: Literal[DEVICES] = "auto"
-    """auto takes an accelerator where there is one"""
+    device: Literal[DEVICES] = "cpu"
+    """auto takes an accelerator where there is one; networks this small are faster without"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""
@@ -472,11 +472,12 @@ def check(args: Args) -> str:
     if args.features == "tiles" and size > 10**6:
         fail(f"--tilings {args.tilings} --tiles {args.tiles}: make {size:,} features; take fewer, or --features rbf")
     if args.capture_video:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             try:
                 with make_discrete_env(args, Path(folder) / "videos") as env:
                     env.reset()
             except Exception as error:  # every renderer has its own
+                sys.unraisablehook = lambda _: None  # and some raise another when they are deleted
                 fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
     return args.env_id
 

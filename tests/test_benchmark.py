@@ -188,7 +188,7 @@ def test_threads_that_are_given_are_kept(threads: int, runs: int, workers: int, 
     """And leave room for so many runs at a time."""
     result = sweep("probe.py", "--env-ids", "x", "--seeds", *range(runs), cwd=here, threads=threads)
     assert f"0/{runs} done, {workers} running" in result.stdout
-    assert {path.read_text().split()[1] for path in (here / "runs" / "logs").glob("*.log")} == {str(threads)}
+    assert {path.read_text().split()[-1] for path in (here / "runs" / "logs").glob("*.log")} == {str(threads)}
 
 
 def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from common import message_of, scalars
+from common import ROOT, message_of, run_python, scalars
 from gymnasium.wrappers import TransformAction
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -619,6 +619,29 @@ def test_bad_input(
     assert expected in message_of(ddpg, flags.split(), capsys, monkeypatch)
     left = {path.name for path in tmp_path.rglob("*")} - {"hopper.pt", "runs"}
     assert bool(left) == ("Broken" in flags)
+
+
+WITHOUT_EGL = """
+import ctypes, runpy, sys
+load = ctypes.CDLL.__init__
+def refuse(self, name, *rest, **options):
+    if "EGL" in str(name):
+        raise OSError("no such library")
+    load(self, name, *rest, **options)
+ctypes.CDLL.__init__, sys.argv = refuse, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_video_without_screen_and_egl_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on many a server. MuJoCo's renderer, half made, would add two tracebacks, and Gymnasium a warning."""
+    for name in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM"):  # the last two by other tests
+        monkeypatch.delenv(name, raising=False)
+    flags = ["--env-id", "Hopper-v5", "--capture-video"]
+    result = run_python("-c", WITHOUT_EGL, ROOT / "ddpg_continuous.py", *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "Hopper-v5 cannot be drawn here" in result.stderr
+    assert result.stderr.endswith("; install libEGL\n")
 
 
 def test_what_is_recommended_for_unbounded_actions_works() -> None:

@@ -80,7 +80,7 @@ def curves(run_dir: Path) -> dict[str, list]:
 def assert_same_run(run_dir: Path, other_dir: Path) -> None:
     """Same weights, optimizer, replay, random states, figures and curves: every tag, each event once."""
     for name in ("model.pt", "checkpoint.pt"):
-        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (run_dir, other_dir))
+        ours, theirs = (torch.load(folder / name, "cpu", weights_only=True) for folder in (run_dir, other_dir))
         assert {part for part in ours if part not in TIMES and not same(ours[part], theirs[part])} == set()
     assert same(*(json.loads((folder / "result.json").read_text()) for folder in (run_dir, other_dir)))
     ours, theirs = curves(run_dir), curves(other_dir)
@@ -623,7 +623,8 @@ def test_same_names_mean_same_source() -> None:
         for flag in section[:-1]:
             flags[flag.split(":")[0].strip()].add(flag.strip())
     assert [name for name, versions in sources.items() if len(versions) > 1] == []
-    assert {name for name, versions in flags.items() if len(versions) > 1} == set()
+    assert {name for name, versions in flags.items() if len(versions) > 1} == {"device"}  # two defaults
+    assert len(flags["device"]) == 2
 
 
 def test_inline_dependencies_are_those_of_requirements_txt(script: str) -> None:
