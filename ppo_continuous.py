@@ -216,6 +216,9 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and of bounded actions, not {spaces}{hint}")
     env = Rescaled(env)
     if video_dir:
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+        if renderer and renderer.camera_id == -1:  # Gymnasium 1.4.0 lets a robot run out of the picture
+            renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
     return env
 

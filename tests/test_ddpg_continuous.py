@@ -644,6 +644,21 @@ def test_video_without_screen_and_egl_is_one_line(tmp_path: Path, monkeypatch: p
     assert result.stderr.endswith("; install libEGL\n")
 
 
+def test_the_camera_follows_a_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten metres away, as much of the picture is of the cheetah's orange as at the start; the floor is grey."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    env, orange = ddpg.make_env(ddpg.Args(), tmp_path / "videos"), []
+    for distance in (0, 10):
+        env.reset(seed=1)
+        robot = env.unwrapped
+        robot.set_state(robot.init_qpos + distance * np.eye(9)[0], robot.init_qvel)
+        picture = env.render().astype(int)
+        orange.append((picture[..., 0] - picture[..., 2] > 20).sum())
+    env.close()
+    assert orange[0] > 5_000
+    assert orange[1] == pytest.approx(orange[0], rel=0.1)
+
+
 def test_what_is_recommended_for_unbounded_actions_works() -> None:
     env = ddpg.make_env(ddpg.Args(env_id="Transformed-v0"))
     env.reset(seed=1)
