@@ -385,7 +385,7 @@ def sweep_baird(args: Args, run: Run) -> dict[str, nn.Module]:
 
 def surface(q_function: QFunction) -> Figure:
     """The cost to go, -max_a Q(s, a), over two-dimensional observations, as in Sutton and Barto's figure 10.1."""
-    figure = Figure(figsize=(5, 4))
+    figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     low, high = q_function.layers[0].low, q_function.layers[0].high
     x, y = (torch.linspace(low[i], high[i], 60, device=low.device) for i in (0, 1))
