@@ -571,6 +571,7 @@ def picture(args: Args, model: nn.Module, parts: dict[str, tuple[torch.Tensor, .
                 axes.scatter(mean + std * true, mean + std * predicted, s=6, alpha=0.5, label=part)
         axes.axline((mean, mean), slope=1, color="black", linewidth=1)
         axes.set(xlabel="true", ylabel="predicted")
+        axes.locator_params(nbins=5)  # labels of large numbers are wide
         axes.set_title(args.target[0], parse_math=False)  # a name such as cost_$_in_$ is no formula
         axes.legend()
         return figure
