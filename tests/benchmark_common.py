@@ -71,9 +71,15 @@ def print_table(args: Args, programs: dict[str, Callable[[], float]]) -> None:
     own, *peers = programs
     names = ["threads", *(f"{name}, steps/s" for name in programs), *(f"{own} / {peer}" for peer in peers)]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
+
+    def measured(name: str) -> float:
+        rate = programs[name]()
+        print(f"{name}: {rate:.0f} steps/s", file=sys.stderr, flush=True)
+        return rate
+
     for threads in args.threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        rates = np.array([[program() for program in programs.values()] for _ in range(args.rounds)])
+        rates = np.array([[measured(name) for name in programs] for _ in range(args.rounds)])
         cells = [
             f"{np.median(column):.{digits}f} ({column.min():.{digits}f} to {column.max():.{digits}f})"
             for columns, digits in ((rates, 0), (rates[:, :1] / rates[:, 1:], 2))
