@@ -926,7 +926,8 @@ class Run:
         result |= {"total_timesteps": progress["step"], **figures, "device": self.device.type}
         result |= {"train_return_mean": np.mean(progress["returns"]).item() if progress["returns"] else None}
         result |= {"steps_per_second": rate, "wall_seconds": time.time() - self.start}
-        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        card = f", {torch.cuda.get_device_name()}" if self.device.type == "cuda" else ""
+        result |= {"processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{card}"}
         result |= {"torch_threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in modules}}
         save(self.dir / "result.json", result)
         self.remove_replay()

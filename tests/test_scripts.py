@@ -181,7 +181,10 @@ def test_on_a_gpu_it_resumes_to_the_bit_too(script: str, tmp_path: Path) -> None
     flags = [*SHORT[script], "--device", "cuda"]
     result = run(script, *flags, "--run-name", "whole", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads((tmp_path / "runs" / "whole" / "result.json").read_text())["device"] == "cuda"
+    result = json.loads((tmp_path / "runs" / "whole" / "result.json").read_text())
+    cards = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    assert result["device"] == "cuda"
+    assert result["processor"].split(", ")[1] in cards.stdout.splitlines()
     kill(script, "before", 3, *flags, "--run-name", "killed", cwd=tmp_path)
     assert run(script, *flags, "--run-name", "killed", "--resume", cwd=tmp_path).returncode == 0
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
