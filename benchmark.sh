@@ -16,7 +16,7 @@ a reboot or Ctrl-C: it goes on with what is unfinished. Other flags of the scrip
 --runs-dir of their own.
 
   --runs-dir DIR        folder of the runs (default: runs)
-  --workers N           runs at a time (default: one for each GPU, or else for each core)
+  --workers N           runs at a time (default: one for each GPU, for a script on the CPU for each core)
   --dry-run             print the command of every run, nothing else
   --summary DIR         tables and learning curves of the runs in DIR, into DIR/summary
   --slurm               hand the runs to Slurm as one job array instead, requeued when a node fails or preempts
@@ -112,6 +112,9 @@ fi
 
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc would obey them
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || visible=""
+device=$(sed -n 's/^    device: .* = "\(.*\)"$/\1/p' "$script") # the script's default
+[[ " ${flags[*]-} " =~ \ --device[\ =]([a-z]+) ]] && device=${BASH_REMATCH[1]}
+[[ $device != cpu ]] || visible=""
 IFS=, read -ra gpus <<<"${visible#-1}"
 threads=${OMP_NUM_THREADS-}
 [[ $threads =~ ^[1-9][0-9]{0,5}$ ]] || threads=""

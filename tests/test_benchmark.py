@@ -178,6 +178,13 @@ def test_each_gpu_gets_a_worker(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seen = [(here / f"runs/logs/x__probe__{seed}.log").read_text().split()[0] for seed in range(4)]
     assert seen[:3] == ["4", "6", "7"]
     assert seen[3] in seen[:3]
+    (here / "small.py").write_text(f'{PROBE}class Args:\n    device: str = "cpu"\n')
+    cases = [("probe", "--device=cpu"), ("probe", "--other --device cpu"), ("small", "--device-of-another cuda")]
+    for number, (script, flags) in enumerate(cases):  # on the CPU
+        arguments = "--env-ids", number, "--seeds", *range(CORES + 1), "--", *flags.split()
+        assert f"0/{CORES + 1} done, {CORES} running" in sweep(f"{script}.py", *arguments, cwd=here).stdout
+    result = sweep("small.py", "--env-ids", "z", "--seeds", *range(4), "--", "--device", "cuda", cwd=here)
+    assert "0/4 done, 3 running" in result.stdout
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # none
     result = sweep("probe.py", "--env-ids", "y", "--seeds", *range(CORES + 1), cwd=here)
     assert f"0/{CORES + 1} done, {CORES} running" in result.stdout
