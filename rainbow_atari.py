@@ -158,7 +158,7 @@ class Args:
     seed: Natural = 1
     """seed of the weights, of all draws and of the environment"""
     device: Literal[DEVICES] = "auto"
-    """auto takes an accelerator where there is one"""
+    """auto takes cuda where there is one, or else the CPU"""
     runs_dir: Path = Path("runs")
     """folder that holds the runs"""
     run_name: str = ""
@@ -652,7 +652,7 @@ def check(args: Args) -> str:
 # === The run: the same in every script ================================================================================
 
 SCRIPT, SHA256 = Path(__file__).stem, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-DEVICES = ("auto", "cpu", *(name for name in ("cuda", "mps") if getattr(torch, name).is_available()))
+DEVICES = ("auto", *(name for name in ("mps", "cpu", "cuda") if getattr(torch, name).is_available()))  # auto: the last
 FREE = {"device", "runs_dir", "run_name", "resume", "evaluate", "capture_video", "track"}  # --resume may change these
 
 
