@@ -477,7 +477,6 @@ def check(args: Args) -> str:
                 with make_discrete_env(args, Path(folder) / "videos") as env:
                     env.reset()
             except Exception as error:  # every renderer has its own
-                sys.unraisablehook = lambda _: None  # and some raise another when they are deleted
                 fail(f"--capture-video: {args.env_id} cannot be drawn here ({error!r})")
     return args.env_id
 

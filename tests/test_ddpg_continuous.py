@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 from typing import ClassVar
 
@@ -633,6 +634,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="MuJoCo draws by other means")
 def test_video_without_screen_and_egl_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on many a server. MuJoCo's renderer, half made, would add two tracebacks, and Gymnasium a warning."""
     for name in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM"):  # the last two by other tests
@@ -644,6 +646,7 @@ def test_video_without_screen_and_egl_is_one_line(tmp_path: Path, monkeypatch: p
     assert result.stderr.endswith("; install libEGL\n")
 
 
+@pytest.mark.skipif(not find_library("EGL"), reason="no libEGL")
 def test_the_camera_follows_a_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten metres away, as much of the picture is of the cheetah's orange as at the start; the floor is grey."""
     monkeypatch.delenv("DISPLAY", raising=False)

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -175,16 +176,22 @@ def test_other_flags_resume_to_the_bit_too(script: str, flags: str, tmp_path: Pa
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
 
 
-@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
+CARDS = []
+if torch.version.cuda and shutil.which("nvidia-smi"):
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    CARDS = found.stdout.splitlines() if found.returncode == 0 else []
+
+
+@pytest.mark.skipif(not CARDS, reason="no GPU, or a torch without CUDA")
 def test_on_a_gpu_it_resumes_to_the_bit_too(script: str, tmp_path: Path) -> None:
     """And what is trained there is evaluated on a CPU."""
     flags = [*SHORT[script], "--device", "cuda"]
     result = run(script, *flags, "--run-name", "whole", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     result = json.loads((tmp_path / "runs" / "whole" / "result.json").read_text())
-    cards = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
     assert result["device"] == "cuda"
-    assert result["processor"].split(", ")[1] in cards.stdout.splitlines()
+    assert result["processor"].split(", ")[1] in CARDS
     kill(script, "before", 3, *flags, "--run-name", "killed", cwd=tmp_path)
     assert run(script, *flags, "--run-name", "killed", "--resume", cwd=tmp_path).returncode == 0
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
@@ -627,7 +634,19 @@ def test_same_names_mean_same_source() -> None:
             flags[flag.split(":")[0].strip()].add(flag.strip())
     assert [name for name, versions in sources.items() if len(versions) > 1] == []
     assert {name for name, versions in flags.items() if len(versions) > 1} == {"device"}  # two defaults
-    assert len(flags["device"]) == 2
+    defaults = {name: importlib.import_module(name).Args().device for name in SCRIPTS}
+    large = {"ddpg_continuous", "dqn_atari", "ppo_atari", "rainbow_atari"}  # faster on a GPU
+    assert defaults == {name: "auto" if name in large else "cpu" for name in SCRIPTS}
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_auto_is_cuda_or_the_cpu(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a Mac, whose mps nobody has tried."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    devices = runpy.run_path(str(ROOT / "mlp_regression.py"))["DEVICES"]
+    assert {"auto", "cpu", "mps"} <= set(devices)
+    assert devices[-1] == ("cuda" if cuda else "cpu")
 
 
 def test_inline_dependencies_are_those_of_requirements_txt(script: str) -> None:
