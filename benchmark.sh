@@ -32,12 +32,13 @@ fail() {
   exit 2
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 script="" runs_dir=runs workers="" dry_run="" slurm=""
 env_ids=() seeds=() flags=() sbatch_options=()
 
 [[ $# -gt 0 && $1 != --help && $1 != -h ]] || { usage && exit 0; }
+[[ -f $here/results/summary.py ]] || fail "$here/results/summary.py is missing: benchmark.sh wants it beside itself"
 command -v "$python" >/dev/null || fail "$python: no such program; name the interpreter with PYTHON=... in front"
 if [[ $1 == --summary ]]; then
   [[ $# -eq 2 && -d ${2-} ]] || fail "--summary ${*:2}: give one folder that exists"
@@ -57,7 +58,8 @@ while [[ $# -gt 0 ]]; do
   --runs-dir) [[ -n ${1-} && $1 != -* ]] || fail "--runs-dir: give a folder" && runs_dir=$1 && shift ;;
   --workers) [[ ${1-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "--workers ${1-}: give a number from 1 on" && workers=$1 && shift ;;
   --) flags=("$@") && break ;;
-  *) fail "$option: no such option; ./benchmark.sh --help lists them (flags of the script come after --)" ;;
+  --help | -h) usage && exit 0 ;;
+  *) fail "$option: no option here; the script comes first and its own flags after -- (./benchmark.sh --help)" ;;
   esac
 done
 
@@ -79,10 +81,11 @@ names=() commands=()
 for env_id in "${env_ids[@]}"; do
   environment=(--env-id "$env_id") subject=$env_id
   grep -q '^    env_id: ' "$script" || environment=(--dataset "$env_id") # regression
-  [[ ${environment[0]}$env_id != --dataset*.csv ]] || { environment=(--data "$env_id") && subject=$(basename "$env_id" .csv); }
+  [[ ${environment[0]}$env_id != --dataset*.[cC][sS][vV] ]] || { environment=(--data "$env_id") && subject=$(basename "${env_id%.*}"); }
+  subject=$(LC_ALL=C && printf %s "${subject//[^A-Za-z0-9._-]/-}") # the same name in every locale
   for seed in "${seeds[@]}"; do
-    [[ $seed =~ ^(0|[1-9][0-9]{0,17})$ ]] || fail "--seeds $seed: a seed is a whole number, not negative"
-    names+=("${subject//[^A-Za-z0-9._-]/-}__${algorithm}__$seed")
+    [[ $seed =~ ^(0|[1-9][0-9]{0,17})$ ]] || fail "--seeds $seed: a seed is a whole number, not negative, without leading zeros"
+    names+=("${subject}__${algorithm}__$seed")
     printf -v command '%q ' "$python" "$script" "${environment[@]}" --seed "$seed" --run-name "${names[${#names[@]} - 1]}" \
       --runs-dir "$runs_dir" --resume ${flags[@]+"${flags[@]}"}
     commands+=("${command% }")
@@ -94,7 +97,7 @@ twice=$(printf '%s\n' "${names[@]}" | sort | uniq -d)
 
 [[ -z $slurm ]] || command -v sbatch >/dev/null || fail "--slurm: there is no sbatch here"
 logs=$runs_dir/logs total=${#names[@]}
-mkdir -p "$logs" 2>/dev/null || fail "--runs-dir $runs_dir: cannot make the folder $logs"
+{ mkdir -p "$logs" 2>/dev/null && [[ -w $logs && -w $runs_dir ]]; } || fail "--runs-dir $runs_dir: cannot write to $logs"
 
 if [[ -n $slurm ]]; then
   list=$logs/${algorithm}__$(date +%s)__$$.list
@@ -104,16 +107,16 @@ if [[ -n $slurm ]]; then
     --output="${logs//%/%%}/slurm-%A_%a.log" --open-mode=append --chdir="$PWD" ${sbatch_options[@]+"${sbatch_options[@]}"} <<END
 #!/usr/bin/env bash
 export OMP_NUM_THREADS=\$SLURM_CPUS_PER_TASK
-eval "exec \$(sed -n "\$((SLURM_ARRAY_TASK_ID + 1))p" $(printf %q "$list"))"
+run=\$(sed -n "\$((SLURM_ARRAY_TASK_ID + 1))p" $(printf %q "$list")) && eval "exec \$run"
 END
-  echo "$total runs; ./benchmark.sh --summary $(printf %q "$runs_dir") tells how far they are"
+  echo "$total runs; ./benchmark.sh --summary $(printf %q "$runs_dir") tells which have ended"
   exit 0
 fi
 
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc would obey them
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || visible=""
 device=$(sed -n 's/^    device: .* = "\(.*\)"$/\1/p' "$script") # the script's default
-[[ " ${flags[*]-} " =~ \ --device[\ =]([a-z]+) ]] && device=${BASH_REMATCH[1]}
+[[ " ${flags[*]-} " =~ .*\ --device[\ =]([a-z]+) ]] && device=${BASH_REMATCH[1]}
 [[ $device != cpu ]] || visible=""
 IFS=, read -ra gpus <<<"${visible#-1}"
 threads=${OMP_NUM_THREADS-}

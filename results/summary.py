@@ -6,15 +6,16 @@
     python results/summary.py results/ppo results/trpo                        # algorithms together, in results/summary/
 
 Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.05/NAME), these are compared, by name.
-Runs that differ in more than the seed are told apart; a flag that a script of then did not have tells nothing.
+Runs that differ in more than the seed are told apart; a flag that a script of then did not have tells nothing. Of runs
+that differ in nothing one counts. Curves are those of finished runs.
 Algorithms that trained in the same environment are also drawn together, against steps and against hours: those that the
 steps take at the rate of the fastest seed, for the others may have shared the machine.
 
 Of fewer than five seeds each one's value and curve. Of five and more the mean and its 95 % bootstrap interval
 (percentile; of five normal values it covers the true mean in 84 of 100 cases). For the 57 Atari games that the
 literature normalises (atari_random_human.csv, from DQN Zoo) the score relative to a random player, 0 %, and a human,
-100 %; from two games of five seeds on, also its interquartile mean over all runs of all games, with an interval from
-samples of seeds within each game (Agarwal et al. 2021).
+100 %; from two games of five seeds and the same flags on, also its interquartile mean over all their runs, with an
+interval from samples of seeds within each game (Agarwal et al. 2021).
 """
 
 import csv
@@ -37,9 +38,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 MAX_ROWS = 2_000  # of a curve's file: under 40 KB
 SEEDS = 5  # from which on there are intervals
 NO_RUNS = {"logs", "summary"}  # folders beside the runs
-CURVES = {  # a file, its second column, and the tags of which a run has one (the later ones of older scripts)
+CURVES = {  # a file, its second column, and the tags of which a run has one
     "returns.csv": ("return", ("charts/episodic_return", "losses/validation")),
-    "evaluations.csv": ("return", ("eval/return_mean", "eval/episodic_return")),
+    "evaluations.csv": ("return", ("eval/return_mean",)),
     "values.csv": ("value", ("losses/q_values", "losses/qf1_values")),
 }
 SAME_ALGORITHM = {  # flags that do not tell runs apart
@@ -54,27 +55,39 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def read_returns(run_dir: Path) -> np.ndarray:
-    """Steps and returns (n, 2) of a finished run; the first time its curves become the files in CURVES.
+def write_curves(run_dir: Path) -> None:
+    """The curves of a finished run, as the files in CURVES; in a very long one a row is the mean of some values.
 
-    In a very long one each row is the mean of some consecutive values.
+    Raises ValueError where the event files do not end as the result says.
     """
-    if not (run_dir / "returns.csv").exists():
-        keep = {"scalars": 0, "tensors": 1, "images": 1, "histograms": 1}  # 0: all
-        events = EventAccumulator(str(run_dir), size_guidance=keep)
-        known = events.Reload().Tags()["scalars"]
-        if not known:  # damaged
-            return np.zeros((0, 2))
-        for name, (column, tags) in reversed(CURVES.items()):  # returns.csv last: where it is, all are
-            points = [(event.step, event.value) for tag in tags if tag in known for event in events.Scalars(tag)]
-            if points or name == "returns.csv":
-                blocks = np.array_split(np.array(points).reshape(-1, 2), max(1, min(len(points), MAX_ROWS)))
-                lines = [f"{block[-1, 0]:.0f},{block[:, 1].mean():.6g}" for block in blocks if len(block)]
-                temporary = run_dir / f"{name}.{os.getpid()}.tmp"
-                temporary.write_text("\n".join([f"step,{column}", *lines, ""]))
-                os.replace(temporary, run_dir / name)
-    with open(run_dir / "returns.csv") as file:
-        return np.array([row for row in csv.reader(file) if row[0] != "step"], dtype=float).reshape(-1, 2)
+    keep = {"scalars": 0, "tensors": 1, "images": 1, "histograms": 1}  # 0: all
+    events = EventAccumulator(str(run_dir), size_guidance=keep)
+    known = events.Reload().Tags()["scalars"]
+    last = json.loads((run_dir / "result.json").read_text()).get("train_return_mean")  # of the last 100
+    for name, (column, tags) in reversed(CURVES.items()):  # returns.csv last: where it is, all are
+        points = [(event.step, event.value) for tag in tags if tag in known for event in events.Scalars(tag)]
+        points = np.array(points).reshape(-1, 2)
+        if name == "returns.csv" and not (known and (last is None or np.isclose(points[-100:, 1].mean(), last, 1e-3))):
+            raise ValueError("event files are damaged: they do not end as result.json says")
+        if len(points) or name == "returns.csv":
+            size = -(-len(points) // MAX_ROWS) or 1
+            blocks = [points[start : start + size] for start in range(0, len(points), size)]
+            lines = [f"{block[-1, 0]:.0f},{block[:, 1].mean():.6g}" for block in blocks]
+            temporary = run_dir / f"{name}.{os.getpid()}.tmp"
+            temporary.write_text("\n".join([f"step,{column}", *lines, ""]))
+            os.replace(temporary, run_dir / name)
+
+
+def read_returns(run_dir: Path) -> np.ndarray:
+    """Steps and returns (n, 2) of a finished run; none, and a line on standard error, where they cannot be read."""
+    try:
+        if not (run_dir / "returns.csv").exists():
+            write_curves(run_dir)
+        with open(run_dir / "returns.csv") as file:
+            return np.array([row for row in csv.reader(file) if row[0] != "step"], dtype=float).reshape(-1, 2)
+    except (OSError, ValueError) as error:
+        print(f"summary: the curves of {run_dir} are left out: {error}", file=sys.stderr)
+        return np.zeros((0, 2))
 
 
 def in_order(value: object) -> tuple[bool, float, str]:
@@ -110,20 +123,22 @@ def read_run(run_dir: Path) -> dict | None:
 def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     """The runs of a folder by script, environment and the flags in which runs of these two differ.
 
-    Where there is none, the runs of the folders in it, told apart by the names of these as well: "tau 0.005".
+    Where there is none, the runs of the folders in it, told apart by the names of these as well: "tau 0.005". What is
+    left out is said on standard error.
     """
 
     def within(folder: Path, setting: str) -> list[tuple[str, dict]]:
-        paths = [path for path in sorted(folder.iterdir()) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
-        paths = [path for path in paths if path.name not in NO_RUNS]
-        paths = [path for path in paths if (path / "args.json").exists() or not any(path.glob("*/**/args.json"))]
+        paths = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in NO_RUNS]
+        paths = [path for path in paths if os.path.exists(path / "args.json") or not any(path.glob("*/**/args.json"))]
         return [(setting, run) for path in paths if (run := read_run(path))]
 
     settings = sorted({path.parents[1] for path in folder.glob("*/*/args.json")}, key=lambda path: in_order(path.name))
     found = within(folder, "")
+    if found and settings:
+        print(f"summary: {folder} has runs of its own; those of folders in it are left out", file=sys.stderr)
     found = found or [run for path in settings for run in within(path, f"{folder.resolve().name} {path.name}")]
     alike, groups = defaultdict(list), defaultdict(list)
-    for setting, run in sorted(found, key=lambda pair: pair[1]["environment"]):
+    for setting, run in sorted(found, key=lambda pair: (pair[1]["environment"], not pair[1]["finished"])):
         alike[run["script"], run["environment"], setting].append(run)
     for (script, environment, setting), runs in alike.items():
         given = {(name, str(value)) for run in runs for name, value in run["args"].items()}
@@ -132,7 +147,11 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
         runs.sort(key=lambda run: [*(in_order(run["args"].get(name)) for name in differing), in_order(run["seed"])])
         for run in runs:
             variant = [setting, *(f"{name} {run['args'].get(name)}" for name in differing)]
-            groups[script, environment, ", ".join(filter(None, variant))].append(run)
+            group = groups[script, environment, ", ".join(filter(None, variant))]
+            if run["seed"] not in {other["seed"] for other in group}:
+                group.append(run)
+            else:
+                print(f"summary: {run['folder']} is left out: a run differs in nothing from it", file=sys.stderr)
     return groups
 
 
@@ -148,7 +167,7 @@ def human_normalised(environment: str, score: float | None) -> float | None:
 
 def shown(value: float) -> str:
     """With three digits, or as a whole number."""
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def interval(values: np.ndarray) -> np.ndarray:
@@ -160,43 +179,47 @@ def interval(values: np.ndarray) -> np.ndarray:
 
 def over_seeds(values: list[float | None]) -> str:
     """Each value where they are few, or else the mean and its interval."""
-    values = [value for value in values if value is not None]
-    if len(values) < SEEDS:
-        return ", ".join(map(shown, values))
-    return "{} [{}, {}]".format(*map(shown, [np.mean(values), *interval(np.array(values))]))
+    known = [value for value in values if value is not None]
+    if len(known) < SEEDS:
+        return ", ".join("-" if value is None else shown(value) for value in values if known)
+    missing = f" ({len(known)} of {len(values)} seeds)" * (len(known) < len(values))
+    return "{} [{}, {}]".format(*map(shown, [np.mean(known), *interval(np.array(known))])) + missing
 
 
 def table_row(script: str, environment: str, variant: str, runs: list[dict]) -> dict[str, str]:
     finished = [run for run in runs if run["finished"]]
     row = {"script": script, "environment": environment + (f" ({variant})" if variant else "")}
-    row["seeds done"] = f"{len({run['seed'] for run in finished})} of {len({run['seed'] for run in runs})}"
+    row["seeds done"] = f"{len(finished)} of {len(runs)} begun"
     if finished:
         late = [run["returns"][run["returns"][:, 0] > 0.75 * run["steps"], 1] for run in finished if run["r2"] is None]
         row["steps"] = f"{max(run['steps'] for run in finished):,}"
-        row["return, last quarter"] = over_seeds([returns.mean() for returns in late if len(returns)])
+        row["return, last quarter"] = over_seeds([returns.mean() if len(returns) else None for returns in late])
         row["evaluation"] = over_seeds([run["evaluation"] for run in finished])
         row["human-normalised, %"] = over_seeds([run["score"] for run in finished])
         row["test RMSE"] = over_seeds([run["rmse"] for run in finished])
         row["test R²"] = over_seeds([run["r2"] for run in finished])
         row["steps/s"] = f"{np.mean([run['rate'] or np.nan for run in finished]):.0f}"
-        row["hours"] = f"{sum(run['hours'] for run in finished):.2f}"
+        row["hours in all"] = f"{sum(run['hours'] for run in finished):.2f}"
     return row
 
 
 def over_games(groups: dict[tuple[str, str, str], list[dict]]) -> list[str]:
-    """For each script and variant a line on all its games and seeds together."""
-    games = defaultdict(list)
-    for (script, _, variant), runs in groups.items():
+    """For each script and its flags a line on all games and seeds together."""
+    alike = defaultdict(dict)
+    for (script, environment, variant), runs in groups.items():
         scores = [run["score"] for run in runs if run["finished"] and run["score"] is not None]
+        flags = {name: str(value) for name, value in runs[0]["args"].items() if name not in {*SAME_ALGORITHM, "env_id"}}
         if len(scores) >= SEEDS:
-            games[script, variant].append(scores)
+            alike[script, *flags.items()][environment] = variant, scores
     lines, rng = [], np.random.default_rng(0)
-    for (script, variant), scores in games.items():
-        if len(scores) > 1:
+    for (script, *_), games in alike.items():
+        if len(games) > 1:
+            variants, scores = zip(*games.values(), strict=True)
             samples = np.concatenate([rng.choice(game, (2_000, len(game))) for game in scores], axis=1)
             low, high = np.percentile(stats.trim_mean(samples, 0.25, axis=1), [2.5, 97.5])
             mean = stats.trim_mean(np.concatenate(scores), 0.25)
-            what = f"{script}{f' ({variant})' if variant else ''}, {len(scores)} games, {samples.shape[1]} runs"
+            variant = f" ({max(variants, key=len)})" * any(variants)
+            what = f"{script}{variant}, {samples.shape[1]} runs of {', '.join(games)}"
             figures = f"{shown(mean)} % [{shown(low)}, {shown(high)}]"
             lines.append(f"{what}: interquartile mean of the human-normalised evaluations {figures}")
     return lines
@@ -230,12 +253,15 @@ def smooth(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, width: floa
 def draw_curves(axes: Axes, curves: dict[str, list[dict]], *, regression: bool, in_hours: bool = False) -> None:
     """By label, the mean over seeds of the training returns; each seed's where they are few, or else the interval."""
     for index, (label, runs) in enumerate(curves.items()):
+        if not runs:  # it only keeps its colour
+            continue
         total = max(run["returns"][-1, 0] for run in runs)
         grid = np.linspace(0, total, 201)
         width = total / 200 if regression else total / 25
         returns = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
         grid, returns = grid[np.isfinite(returns).all(axis=0)], returns[:, np.isfinite(returns).all(axis=0)]
         x = grid / (max(run["rate"] or 0 for run in runs) or np.nan) / 3600 if in_hours else grid
+        label = label.replace("$", r"\$")  # no mathematics
         label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
         axes.plot(x, returns.mean(axis=0), color=f"C{index}", linewidth=2, label=label)
         if len(runs) >= SEEDS:
@@ -254,7 +280,7 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], folder:
     x, y, scale = ("epochs", "validation loss", "log") if regression else ("steps", "return in training", "linear")
     axes.set(xlabel=x, ylabel=y, yscale=scale)
     axes.set_title(f"{script}.py, {environment}", parse_math=False)
-    axes.legend(fontsize="small", framealpha=0.5)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{script}__{environment}.png"), dpi=110)
 
 
@@ -266,68 +292,83 @@ def draw_together(environment: str, algorithms: dict[str, list[dict]], folder: P
     draw_curves(by_hours, algorithms, regression=False, in_hours=True)
     by_steps.set(xlabel="steps", ylabel="return in training")
     by_hours.set(xlabel="hours", xscale="log")
+    by_hours.xaxis.set_major_formatter("{x:g}")
     by_hours.set_xlim(left=min(5e-3, by_hours.get_xlim()[1] / 10))
-    by_steps.legend(fontsize="small", framealpha=0.5)
-    figure.suptitle(environment)
+    figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(environment, parse_math=False)
     figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{environment}.png"), dpi=110)
 
 
 def summarise(*folders: Path) -> None:
-    """Of one folder tables and figures; of several the figures in which algorithms of all of them meet."""
+    """Of one folder tables and figures; of several the figures in which runs of two or more meet."""
     alone, figures, together = len(folders) == 1, defaultdict(dict), defaultdict(dict)
     groups = {(*names, folder): runs for folder in folders for names, runs in read_runs(folder).items()}
     into = Path(os.path.commonpath([folder.resolve() for folder in folders])) / "summary"
     if not groups:
         fail(f"there is no run in {' '.join(map(str, folders))}")
     finished = [run for runs in groups.values() for run in runs if run["finished"]]
-    try:
+    with ProcessPoolExecutor() as pool:
+        for run, returns in zip(finished, pool.map(read_returns, [run["folder"] for run in finished]), strict=True):
+            run["returns"] = returns
+        for (script, environment, variant, path), runs in groups.items():
+            if drawable := [run for run in runs if len(run.get("returns", ()))]:
+                figures[script, environment][variant] = drawable
+                label = f"{script} {variant}".rstrip()
+                label += f", {path.resolve().relative_to(into.parent)}" * (label in together[environment])
+                together[environment][label] = drawable
+        scripts = Counter(environment for _, environment in figures)
+        several = {name: curves for name, curves in together.items() if (scripts[name] if alone else len(curves)) > 1}
+        if not (alone or several):
+            fail("these folders have no curves of the same environment")
         into.mkdir(exist_ok=True)
-        with ProcessPoolExecutor() as pool:
-            for run, returns in zip(finished, pool.map(read_returns, [run["folder"] for run in finished]), strict=True):
-                run["returns"] = returns
-            for (script, environment, variant, path), runs in groups.items():
-                if drawable := [run for run in runs if len(run.get("returns", ()))]:
-                    figures[script, environment][variant] = drawable
-                    label = f"{script} {variant}".rstrip()
-                    label += f", {path.name}" * (label in together[environment])
-                    together[environment][label] = drawable
-            drawn = [pool.submit(draw, *names, variants, into) for names, variants in figures.items() if alone]
-            several = {name for name in together if sum(environment == name for _, environment in figures) > 1}
-            drawn += [pool.submit(draw_together, name, together[name], into) for name in several]
-            if alone:
-                rows = [table_row(*names, runs) for (*names, _), runs in groups.items()]
-                write_tables(rows, over_games({names[:3]: runs for names, runs in groups.items()}), into)
-            for figure in drawn:
-                figure.result()
-    except OSError as error:
-        fail(f"{error.filename or into}: {error.strerror}")
+        drawn = [pool.submit(draw, *names, variants, into) for names, variants in figures.items() if alone]
+        labels = dict.fromkeys(label for curves in several.values() for label in curves)  # each has one colour
+        for name, curves in several.items():
+            curves = {label: curves.get(label, []) for label in labels}
+            drawn.append(pool.submit(draw_together, name, curves, into))
+        if alone:
+            rows = [table_row(*names, runs) for (*names, _), runs in groups.items()]
+            write_tables(rows, over_games({names[:3]: runs for names, runs in groups.items()}), into)
+        for figure in drawn:
+            figure.result()
     print(f"\n{'table.csv, table.md and ' * alone}{len(drawn)} figures: {into}")
 
 
 def publish(run_dir: Path, folder: Path) -> None:
-    """Copies what is published of a finished run into a folder of published ones."""
+    """Copies what is published of a finished run into a folder of published ones; what is there stays."""
     if not (run_dir / "result.json").exists():
         fail(f"{run_dir} is no finished run: it has no result.json")
     published = folder / run_dir.name
-    started = published / "args.json"
-    if started.exists() and started.read_bytes() != (run_dir / "args.json").read_bytes():
-        fail(f"{published} is of another run")
+    for name in ("args.json", "result.json"):
+        if (published / name).exists() and (published / name).read_bytes() != (run_dir / name).read_bytes():
+            fail(f"{published} is of another run")
+    try:
+        if not (run_dir / "returns.csv").exists():
+            write_curves(run_dir)
+    except ValueError as error:
+        fail(f"{run_dir}: {error}")
     published.mkdir(parents=True, exist_ok=True)
-    read_returns(run_dir)
-    for name in ("args.json", "result.json", *CURVES):
+    for name in ("args.json", *CURVES, "result.json"):
         if (run_dir / name).exists():
             shutil.copy(run_dir / name, published)
 
 
 def main() -> None:
-    match sys.argv[1:]:
-        case ["--publish", folder, *run_dirs] if run_dirs and not Path(folder, "args.json").exists():
-            for run_dir in map(Path, run_dirs):
-                publish(run_dir, Path(folder))
-        case [*folders] if folders and all(Path(folder).is_dir() for folder in folders):
-            summarise(*map(Path, folders))
-        case _:
-            raise SystemExit(__doc__)
+    try:
+        match sys.argv[1:]:
+            case ["--help" | "-h"]:
+                print(__doc__)
+            case ["--publish", folder, *run_dirs] if run_dirs and not Path(folder, "args.json").exists():
+                for run_dir in map(Path, run_dirs):
+                    publish(run_dir, Path(folder))
+            case [*folders] if folders and all(Path(folder).is_dir() for folder in folders):
+                summarise(*map(Path, folders))
+            case arguments:
+                fail(f"{' '.join(arguments)}: give folders of runs, or --publish FOLDER RUN..., or --help")
+    except OSError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from common import ROOT
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -179,7 +180,11 @@ def test_each_gpu_gets_a_worker(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[:3] == ["4", "6", "7"]
     assert seen[3] in seen[:3]
     (here / "small.py").write_text(f'{PROBE}class Args:\n    device: str = "cpu"\n')
-    cases = [("probe", "--device=cpu"), ("probe", "--other --device cpu"), ("small", "--device-of-another cuda")]
+    cases = [
+        ("probe", "--device=cpu"),
+        ("probe", "--device cuda --device cpu"),
+        ("small", "--device-of-another cuda"),
+    ]
     for number, (script, flags) in enumerate(cases):  # on the CPU
         arguments = "--env-ids", number, "--seeds", *range(CORES + 1), "--", *flags.split()
         assert f"0/{CORES + 1} done, {CORES} running" in sweep(f"{script}.py", *arguments, cwd=here).stdout
@@ -216,6 +221,11 @@ def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:
             *("--runs-dir", "my runs", "--resume", "--loss", "huber", "--odd", "x y"),
         ]
     assert commands[0][commands[0].index("--run-name") + 1] == "ALE-Pong-v5__dqn_atari__0"
+    arguments = [ROOT / "benchmark.sh", "mlp_regression.py", "--env-ids", "my/Häuser.CSV", "--seeds", "1", "--dry-run"]
+    for locale in ("C", "C.UTF-8"):
+        env = os.environ | {"PYTHON": sys.executable, "LC_ALL": locale}
+        command = subprocess.check_output(arguments, cwd=here, env=env, text=True, timeout=60)
+        assert re.search("--data .+ --run-name H--user__mlp_regression__1 ", command)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +242,9 @@ def test_dry_run_prints_the_commands_and_does_nothing(here: Path) -> None:
         ("mlp_regression.py --env-ids a/b.csv b.csv --seeds 1", "two runs would be called b__mlp_regression__1"),
         ("mlp_regression.py --env-ids sine --seeds 1 --workers 0", "--workers 0: give a number"),
         ("mlp_regression.py --env-ids sine --seeds 1 --workers", "--workers : give a number"),
-        ("mlp_regression.py --env-ids sine --seeds 1 --epochs 3", "--epochs: no such option"),
-        ("mlp_regression.py --env-ids sine --seeds 1 --runs-dir file/sub", "cannot make the folder file/sub/logs"),
+        ("mlp_regression.py --summary runs", "--summary: no option here; the script comes first"),
+        ("mlp_regression.py --env-ids sine --seeds 1 --epochs 3", "--epochs: no option here; the script comes first"),
+        ("mlp_regression.py --env-ids sine --seeds 1 --runs-dir file/sub", "cannot write to file/sub/logs"),
         ("mlp_regression.py --env-ids sine --seeds 1 --runs-dir --dry-run", "--runs-dir: give a folder"),
         ("mlp_regression.py --env-ids sine --seeds 1 -- --seed=2", "-- --seed: the sweep"),
         ("mlp_regression.py --env-ids sine --seeds 1 -- --run_name x", "-- --run_name: the sweep"),
@@ -277,6 +288,8 @@ def test_words_of_sbatch_reach_it_and_a_task_becomes_its_run(here: Path, monkeyp
     (run_dir,) = (here / "my 5% runs").glob("*__probe__*")
     assert run_dir.name == "b__probe__0"
     assert json.loads((run_dir / "result.json").read_text())[-2:] == ["--odd", "x y"]
+    (here / "sbatch").write_text(f"#!/bin/sh\nrm */logs/*.list\n{run}\n")
+    assert sweep("probe.py", "--env-ids", "a", "b", "--seeds", 0, *arguments, cwd=here).returncode != 0
 
 
 @pytest.fixture
@@ -379,8 +392,9 @@ def make_run(
         writer.add_scalar("eval/return_mean", evaluation, 1_000)
     (run_dir / "args.json").write_text(json.dumps(args))
     result = {"script": script, "env_id": env_id, "seed": seed, "total_timesteps": 1_000}
-    result |= {"train_return_mean": float(np.mean(returns)), "eval_return_mean": evaluation, "wall_seconds": 1_800.0}
-    (run_dir / "result.json").write_text(json.dumps(result | {"steps_per_second": 100.0 + seed}))
+    result |= {"train_return_mean": float(np.mean(returns[-100:])), "eval_return_mean": evaluation}
+    result |= {"wall_seconds": 1_800.0, "steps_per_second": 100.0 + seed}
+    (run_dir / "result.json").write_text(json.dumps(result))
     return run_dir
 
 
@@ -398,8 +412,8 @@ def test_the_table_by_hand(seeds: int, tmp_path: Path, capsys: pytest.CaptureFix
         make_run(tmp_path, seed, [-20.0, -10.0, 0.0, 10.0 + seed], evaluation)
     (make_run(tmp_path, 99, [0.0], 0.0) / "result.json").unlink()
     (row,) = table(tmp_path)
-    assert row["seeds done"] == f"{seeds} of {seeds + 1}"
-    assert (row["steps/s"], row["hours"]) == (f"{100 + (seeds - 1) / 2:.0f}", f"{seeds / 2:.2f}")
+    assert row["seeds done"] == f"{seeds} of {seeds + 1} begun"
+    assert (row["steps/s"], row["hours in all"]) == (f"{100 + (seeds - 1) / 2:.0f}", f"{seeds / 2:.2f}")
     relative = [100 * (evaluation + 20.7) / (14.6 + 20.7) for evaluation in evaluations]
     if seeds < 5:
         assert row["evaluation"] == ", ".join(["-21", "3", "5"][:seeds])
@@ -415,23 +429,42 @@ def test_the_table_by_hand(seeds: int, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_interquartile_mean_is_over_games_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Of 2 x 5 scores 2.5 are cut off at each end, that is two; a game of fewer than five seeds does not count."""
-    scores = {"Pong": [0, 10, 20, 30, 40], "Breakout": [25, 35, 45, 55, 75], "BeamRider": [1, 2]}
-    for game, values in scores.items():
+    """Of 2 x 5 scores 2.5 are cut off at each end, that is two.
+
+    A game of fewer than five seeds does not count, nor do runs with other flags.
+    """
+    scores = {("Pong", 3): [0, 10, 20, 30, 40], ("Breakout", 3): [25, 35, 45, 55, 75], ("BeamRider", 3): [1, 2]}
+    scores |= {("Pong", 1): [90] * 5, ("Boxing", 7): [99] * 5}
+    for (game, n_step), values in scores.items():
         zero, one = (summary.human_normalised(f"ALE/{game}-v5", value) for value in (0.0, 1.0))
         for seed, value in enumerate(values):
-            make_run(tmp_path, seed, [1.0], (value - zero) / (one - zero), game)
+            make_run(tmp_path / str(n_step), seed, [1.0], (value - zero) / (one - zero), game, n_step=n_step)
+        for run_dir in (tmp_path / str(n_step)).iterdir():
+            shutil.move(run_dir, tmp_path / f"{run_dir.name}{n_step}")
     summary.summarise(tmp_path)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "interquartile mean" in line]
-    assert line.startswith("dqn_atari, 2 games, 10 runs: ")
+    assert line.startswith("dqn_atari (n_step 3), 10 runs of ALE/Breakout-v5, ALE/Pong-v5: ")
     mean, low, high = map(float, re.search(r"(\S+) % \[(\S+), (\S+)\]", line).groups())
     assert mean == pytest.approx(np.mean([20, 25, 30, 35, 40, 45]), abs=0.1)
     assert 15 < low < mean < high < 60
     assert line in (tmp_path / "summary" / "table.md").read_text()
 
 
-def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_seeds_without_a_value_keep_their_places() -> None:
+    assert summary.over_seeds([1.0, None, 999.7]) == "1, -, 1,000"
+    assert summary.over_seeds([None, None]) == ""
+    assert summary.over_seeds([1.0] * 5 + [None]) == "1 [1, 1] (5 of 6 seeds)"
+
+
+def test_what_is_no_run_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """So are a second run of one seed, and curves that a damaged file cuts off."""
     make_run(tmp_path, 1, [1.0], 1.0)
+    begun = make_run(tmp_path, 1, [2.0], 2.0, again=None).rename(tmp_path / "0__dqn_atari__1")
+    (begun / "result.json").unlink()
+    (events,) = make_run(tmp_path, 2, [float(i) for i in range(200)], 1.0).glob("events*")
+    content = bytearray(events.read_bytes())
+    content[len(content) // 2] ^= 1
+    events.write_bytes(content)
     foreign = ["", "[1]", "null", "7", '{"lr": 1}', '{"env_id": "x"}', "{", '{"dataset": "x", "seed": 1}']
     for index, content in enumerate(foreign):
         (tmp_path / f"foreign-{index}").mkdir()
@@ -443,14 +476,21 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name in ("empty", "logs", "summary"):
         (tmp_path / name).mkdir()
     (row,) = table(tmp_path)
-    assert row["seeds done"] == "1 of 1"
-    lines = capsys.readouterr().err.splitlines()
-    folders = ["empty", *(f"foreign-{index}" for index in range(10))]
-    assert [line.split(" is left out")[0] for line in lines] == [f"summary: {tmp_path / name}" for name in folders]
+    assert (row["seeds done"], row["return, last quarter"]) == ("2 of 2 begun", "1, -")
+    lines = capfd.readouterr().err.splitlines()
+    folders = ["empty", *(f"foreign-{index}" for index in range(10)), "0__dqn_atari__1"]
+    expected = [f"summary: {tmp_path / name} is left out" for name in folders]
+    expected.append(f"summary: the curves of {events.parent} are left out: event files are damaged")
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+    assert not (events.parent / "returns.csv").exists()
 
 
 def test_flags_tell_runs_apart(tmp_path: Path) -> None:
     """By their values, in order of size; a flag that an older script did not have tells nothing."""
+    for target in ("$_a_$", "$$"):  # no mathematics
+        make_run(tmp_path / "targets", 1, [1.0], 1.0, target=target).rename(tmp_path / "targets" / target)
+    summary.summarise(tmp_path / "targets")
+    shutil.rmtree(tmp_path / "targets")
     for n_step in (10, 9):
         make_run(tmp_path, 1, [1.0], 1.0, n_step=n_step, gamma=0.9)
         make_run(tmp_path, 2, [1.0], 1.0, n_step=n_step)
@@ -462,15 +502,17 @@ def test_flags_tell_runs_apart(tmp_path: Path) -> None:
     assert list(found.items()) == [("n_step 9", ["9-1", "9-2"]), ("n_step 10", ["10-1", "10-2"])]
 
 
-def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path) -> None:
+def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Each setting has a folder of its own, `runs/tau/9` and `runs/tau/10`, whose name it bears."""
     folder = tmp_path / "tau"
     ten, nine = (make_run(folder / tau, 1, [1.0], 1.0) for tau in ("10", "9"))
     found = [(variant, [run["folder"] for run in runs]) for (*_, variant), runs in summary.read_runs(folder).items()]
     assert found == [("tau 9", [nine]), ("tau 10", [ten])]
+    assert capsys.readouterr().err == ""
     run_dir = make_run(folder, 1, [1.0], 1.0)
     ((run,),) = summary.read_runs(folder).values()
     assert run["folder"] == run_dir
+    assert capsys.readouterr().err == f"summary: {folder} has runs of its own; those of folders in it are left out\n"
 
 
 def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,10 +541,34 @@ def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkey
         path.write_text(json.dumps(json.loads(path.read_text()) | {"steps_per_second": 0.0}))
     summary.summarise(*(tmp_path / folder for folder in ("dqn", "rainbow", "again")))
     assert np.isnan(drawn[-1][labels[0]])
+    summary.summarise(*(tmp_path / folder for folder in ("rainbow", "again")))
+    assert list(drawn[-1]) == labels[1:]
+    make_run(tmp_path / "boxing", 1, [1.0], 1.0, "Boxing")
+    with pytest.raises(SystemExit, match="2"):
+        summary.summarise(tmp_path / "boxing", tmp_path / "dqn")
+
+
+def test_an_algorithm_has_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colours = {}
+
+    def draw_together(environment: str, algorithms: dict, folder: Path) -> None:
+        axes = Figure().subplots()
+        summary.draw_curves(axes, algorithms, regression=False)
+        colours[environment] = {line.get_label(): line.get_color() for line in axes.lines}
+
+    for game, scripts in {"Boxing": "ab", "Pong": "bc"}.items():
+        for script in scripts:
+            make_run(tmp_path, 1, [1.0, 2.0], 1.0, game, script)
+    monkeypatch.setattr(summary, "draw_together", draw_together)
+    monkeypatch.setattr(summary, "ProcessPoolExecutor", ThreadPoolExecutor)
+    summary.summarise(tmp_path)
+    one, other = colours["ALE/Boxing-v5"], colours["ALE/Pong-v5"]
+    assert one["b (1 seed)"] == other["b (1 seed)"]
+    assert len({*one.values(), *other.values()}) == 3
 
 
 def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of each run; a run of the same name with other flags is not replaced."""
+    """The files of each run; a run of the same name with other flags or another result is not replaced."""
     run_dir = make_run(tmp_path / "runs", 1, [1.0, 2.0], 3.0)
     monkeypatch.setattr("sys.argv", ["summary", "--publish", str(tmp_path / "results" / "tau"), str(run_dir)])
     summary.main()
@@ -511,10 +577,26 @@ def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (published / "evaluations.csv").read_text().split() == ["step,return", "1000,3"]
     (published / "args.json").unlink()  # as an interrupted one leaves it
     summary.main()
-    (run_dir / "args.json").write_text("{}")
+    for name in ("result.json", "args.json"):
+        (run_dir / name).write_text("{}")
+        with pytest.raises(SystemExit, match="2"):
+            summary.main()
+        assert (published / name).read_text() != "{}"
+
+
+@pytest.mark.parametrize("arguments", ["", "nowhere", "--publish", "--publish RUN RUN", "--publish a EMPTY", "EMPTY"])
+def test_bad_input_of_the_summary(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    make_run(tmp_path, 1, [1.0], 1.0).rename(tmp_path / "RUN")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["summary", *arguments.split()])
     with pytest.raises(SystemExit, match="2"):
         summary.main()
-    assert (published / "args.json").read_text() != "{}"
+    assert re.fullmatch("summary: error: .+\n", capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_published_runs_are_those_of_their_readme() -> None:
@@ -566,7 +648,7 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=12_345)
     run_dir = make_run(tmp_path, 1, list(values), 0.0)
     returns = summary.read_returns(run_dir)
-    assert len(returns) == 2_000
+    assert len(returns) == 1_764
     assert (run_dir / "returns.csv").stat().st_size < 40_000
     assert returns[-1, 0] == 1_000
     assert returns[0, 1] == pytest.approx(values[:7].mean(), rel=1e-4)
