@@ -5,7 +5,7 @@ learning".
     python ddpg_continuous.py --env-id Hopper-v5 --run-name h --resume      # start, or go on after a kill, to the bit
     python ddpg_continuous.py --evaluate runs/h/model.pt --capture-video    # act with a trained network
 
-Deep deterministic policy gradient. The numbers stand again in `train`, where each line happens.
+Deep deterministic policy gradient. The numbers recur in `train`, beside the code of each line.
 
      1  initialise critic Q_phi and actor pi_theta with random weights
      2  initialise targets phi' = phi, theta' = theta
@@ -24,7 +24,7 @@ Deep deterministic policy gradient. The numbers stand again in `train`, where ea
     15          theta' = tau theta + (1 - tau) theta', and phi' likewise
 
 Differs from the paper:
-- A terminal state has no value: y_i = r_i there. The end by a time limit is no terminal state: its target bootstraps.
+- A terminal state has no value: y_i = r_i there. A time limit is no terminal state: its target bootstraps.
 - The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
 - Networks, rates and noise are those of Fujimoto's repository (sfujim/TD3, OurDDPG.py). Its process N is Gaussian,
   independent from step to step: line 5 has nothing to do. The paper: batch normalisation, 400 and 300 units, actions
@@ -88,7 +88,7 @@ with contextlib.suppress(ImportError):  # Gymnasium's model of HalfCheetah has a
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
 
 EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
-EVAL_MAX_STEPS = 100_000  # an episode of an evaluation ends there, for where it has no time limit
+EVAL_MAX_STEPS = 100_000  # evaluation episodes without a time limit end there
 LOG_FREQUENCY = 1_000  # steps between two records of losses
 
 
@@ -143,8 +143,8 @@ class Args:
 class Rescaled(gym.Wrapper):
     """Actions in [-1, 1] in every dimension; float32 observations, the newest of which is `obs`.
 
-    A checkpoint holds how the episode began and what was done since, to play it again, as environments can that draw
-    their random numbers from `np_random`. Others are refused.
+    A checkpoint holds how the episode began and what was done since, and plays it again. `--resume` refuses
+    environments whose randomness is not all from `np_random`.
     """
 
     def __init__(self, env: gym.Env):
@@ -255,7 +255,7 @@ class ReplayMemory:
     """The last `capacity` transitions in a ring: rows of s_t, a_t, r_t, whether s_{t+1} is terminal, s_{t+1}.
 
     `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file: what could be drawn at a checkpoint stays there
-    for as many more transitions as slots exceed the capacity, so the checkpoint only counts.
+    for as many more transitions as slots exceed the capacity: a checkpoint holds the count alone.
     """
 
     def __init__(self, capacity: int, rows: np.ndarray, d_obs: int, rng: np.random.Generator, device: torch.device):
@@ -372,7 +372,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 
 
 def check(args: Args) -> str:
-    """Refuses flags that do not fit together; returns the name of what it trains on."""
+    """Refuses what only this script can refuse; returns the name of what it trains on."""
     if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < args.batch_size:
         order = "--batch-size <= --learning-starts <= --total-timesteps, and --batch-size <= --buffer-size"
         fail(f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}: must be {order}")

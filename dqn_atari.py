@@ -4,7 +4,7 @@
     python dqn_atari.py --env-id ALE/Breakout-v5 --run-name b --resume    # start, or go on after a kill, to the bit
     python dqn_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
 
-Deep Q-learning with experience replay. The numbers stand again in `train`, where each line happens.
+Deep Q-learning with experience replay. The numbers recur in `train`, beside the code of each line.
 
      1  initialise replay memory D to capacity N
      2  initialise action-value network Q with random weights
@@ -19,15 +19,15 @@ Deep Q-learning with experience replay. The numbers stand again in `train`, wher
     11      every C steps Q- = Q
 
 Differs from the paper and its code (DeepMind's, in Lua):
-- Adam on the squared error, a shorter exploration and a faster target network by default, because they learn from
-  fewer frames. The README gives the command line with the paper's own settings: its centred RMSProp, its error clipped
-  to [-1, 1] (`--loss huber`), and its gradients, summed over the batch, translated to the averaged ones here.
-- All steps are agent steps of four emulator frames. Epsilon falls from step 0 on; theirs, from the first update.
-- The end by a time limit is no terminal state: its target bootstraps. Theirs takes it for the game's end.
-- A lost life is terminal, but the screens before it stay in the stack; theirs are black from there.
-- Screens are made grey, the maximum of two is taken, and it is shrunk by area; theirs: maximum, grey, bilinear.
-- The lecture's slide prints 32 filters in the second convolution and a softmax output. The paper has 64 filters and
-  a linear output (Q-values are no probabilities), and so has this script.
+- By default Adam on the squared error, a shorter exploration and a faster target network, which learn from fewer
+  frames. The README gives the command line with the paper's own settings: centred RMSProp, the error clipped to [-1, 1]
+  (`--loss huber`), and an epsilon under the root for gradients that here are averaged over the batch, theirs summed.
+- All steps are agent steps of four emulator frames, C's too, as in their code; the paper counts C in updates. Epsilon
+  falls from step 0 on; theirs, from the first update. Of equal values the first one counts; theirs draw one.
+- A time limit is no terminal state: its target bootstraps. Their code takes it for the game's end.
+- A lost life is terminal, but its screens stay in the stack and play goes on; theirs blackens the stack and first plays
+  some frames without action.
+- Screens are made grey, the maximum of two taken and shrunk by area; theirs: maximum, grey, bilinear.
 """
 
 # /// script
@@ -99,7 +99,7 @@ class Args:
     env_id: str = "ALE/Pong-v5"
     """the game: an Atari environment id"""
     sticky_actions: Fraction = 0.0
-    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
+    """probability that an emulator frame repeats the last action (Machado et al. 2018 recommend 0.25)"""
     total_timesteps: Count = 1_000_000
     """agent steps to train for (one step is four emulator frames)"""
     learning_rate: Positive = 1e-4
@@ -172,7 +172,7 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 class AtariPreprocessing(gym.Wrapper):
     """The preprocessing of Mnih et al. 2015 ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
-    `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
+    `reset` plays 0 to 30 frames (by `rng`) without action; `step` repeats an action for 4 frames, adds up their
     rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
     frame. Both give one screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
     """
@@ -277,7 +277,7 @@ class FrameMemory:
     action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
 
     `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files: what could be drawn at a checkpoint
-    stays there for as many more screens as slots exceed the capacity, so the checkpoint only counts.
+    stays there for as many more screens as slots exceed the capacity: a checkpoint holds the count alone.
     """
 
     STEP: ClassVar = [("action", "u1"), ("reward", "f4"), ("terminated", "?"), ("acted", "?"), ("age", "u1")]
@@ -384,7 +384,7 @@ class RMSprop(torch.optim.Optimizer):
 
 
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """The value at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    """The value at a step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 
@@ -469,7 +469,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
     if args.capture_video:
-        importlib.import_module("moviepy")  # not only after the training
+        importlib.import_module("moviepy")  # fails now, not after the training
     if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]

@@ -4,7 +4,7 @@
     python ppo_atari.py --env-id ALE/Breakout-v5 --run-name b --resume    # start, or go on after a kill, to the bit
     python ppo_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained policy
 
-Proximal policy optimisation, the variant with clipping. The numbers stand again in `train`, where each line happens.
+Proximal policy optimisation, the variant with clipping. The numbers recur in `train`, beside the code of each line.
 
      1  initialise policy pi_theta and value function V_phi
      2  for each iteration:
@@ -21,7 +21,7 @@ Proximal policy optimisation, the variant with clipping. The numbers stand again
 A state is the last four screens. Policy and value function share all layers but the last.
 
 Differs from the paper:
-- The end by a time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, but the game
+- A time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, but the game
   goes on, and the screens before it stay in the state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: K = 4 (the paper's is 3), c_1 = 0.5 on half the squared error (1 on
   the whole), DQN's convolutions and rewards clipped to their sign; Adam's epsilon is 1e-5, advantages are normalised in
@@ -101,7 +101,7 @@ class Args:
     env_id: str = "ALE/Pong-v5"
     """the game: an Atari environment id"""
     sticky_actions: Fraction = 0.0
-    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
+    """probability that an emulator frame repeats the last action (Machado et al. 2018 recommend 0.25)"""
     total_timesteps: Count = 10_000_000
     """agent steps (of four frames) of all environments together; the last ones that fill no rollout are left out"""
     learning_rate: Positive = 2.5e-4
@@ -170,7 +170,7 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 class AtariPreprocessing(gym.Wrapper):
     """The preprocessing of Mnih et al. 2015 ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
-    `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
+    `reset` plays 0 to 30 frames (by `rng`) without action; `step` repeats an action for 4 frames, adds up their
     rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
     frame. Both give one screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
     """
@@ -438,7 +438,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
     if args.capture_video:
-        importlib.import_module("moviepy")  # not only after the training
+        importlib.import_module("moviepy")  # fails now, not after the training
     if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]

@@ -4,7 +4,7 @@
     python ppo_continuous.py --env-id Hopper-v5 --run-name h --resume      # start, or go on after a kill, to the bit
     python ppo_continuous.py --evaluate runs/h/model.pt --capture-video    # act with a trained policy
 
-Proximal policy optimisation, the variant with clipping. The numbers stand again in `train`, where each line happens.
+Proximal policy optimisation, the variant with clipping. The numbers recur in `train`, beside the code of each line.
 
      1  initialise policy pi_theta and value function V_phi
      2  for each iteration:
@@ -19,7 +19,7 @@ Proximal policy optimisation, the variant with clipping. The numbers stand again
     11      the learning rate falls linearly
 
 Differs from the paper:
-- A terminal state has no value. The end by a time limit is no terminal state: delta_t takes V of its true last state.
+- A terminal state has no value. A time limit is no terminal state: delta_t takes V of its true last state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: observations are normalised by their mean and variance so far and
   rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
   normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped; the learning rate falls,
@@ -30,8 +30,8 @@ Differs from the paper:
   2021, section 3.4).
 - As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
   policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou; CleanRL's at 1.
-- Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone; the policy is
-  asked about the unclipped one. CleanRL and baselines only clip them.
+- Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone;
+  log-probabilities are of the unclipped ones. CleanRL and baselines only clip them.
 
 The statistics of observations are part of the model. An evaluation acts by the policy's mean, with them as they are.
 """
@@ -91,7 +91,7 @@ with contextlib.suppress(ImportError):  # Gymnasium's model of HalfCheetah has a
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
 
 EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
-EVAL_MAX_STEPS = 100_000  # an episode of an evaluation ends there, for where it has no time limit
+EVAL_MAX_STEPS = 100_000  # evaluation episodes without a time limit end there
 LOG_FREQUENCY = 1  # steps between two records of losses: every iteration
 
 
@@ -152,8 +152,8 @@ class Args:
 class Rescaled(gym.Wrapper):
     """Actions in [-1, 1] in every dimension; float32 observations, the newest of which is `obs`.
 
-    A checkpoint holds how the episode began and what was done since, to play it again, as environments can that draw
-    their random numbers from `np_random`. Others are refused.
+    A checkpoint holds how the episode began and what was done since, and plays it again. `--resume` refuses
+    environments whose randomness is not all from `np_random`.
     """
 
     def __init__(self, env: gym.Env):
@@ -224,13 +224,13 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 
 class RunningMoments:
-    """Mean and variance of all rows so far, after Chan, Golub and LeVeque 1983; before the first 0 and 1."""
+    """Mean and variance of all rows so far (Chan, Golub and LeVeque 1983); 0 and 1 before the first row."""
 
     def __init__(self, *shape: int):
         self.count, self.mean, self.var = 0, np.zeros(shape), np.ones(shape)
 
     def update(self, rows: np.ndarray) -> None:
-        """Takes rows (..., *shape) in."""
+        """Takes in rows (..., *shape)."""
         rows = rows.reshape(-1, *self.mean.shape).astype(np.float64)
         count, delta = self.count + len(rows), rows.mean(0) - self.mean
         between = delta**2 * self.count * len(rows) / count
@@ -298,7 +298,7 @@ class Policy(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
     def in_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The mean as a function of observations, float32 (batch, d_obs): of one, in a third of torch's time."""
+        """The mean in NumPy, of observations float32 (batch, d_obs): for one, in a third of torch's time."""
         layers = [[x.detach().cpu().numpy() for x in (layer.weight.T, layer.bias)] for layer in self.mean[::2]]
 
         def mean(obs: np.ndarray) -> np.ndarray:
@@ -468,7 +468,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 
 
 def check(args: Args) -> str:
-    """Refuses flags that do not fit together; returns the name of what it trains on."""
+    """Refuses what only this script can refuse; returns the name of what it trains on."""
     size = args.num_envs * args.num_steps
     if size > args.total_timesteps:
         fail(f"--num-envs {args.num_envs} --num-steps {args.num_steps}: a rollout must not exceed --total-timesteps")

@@ -4,10 +4,10 @@
     python q_learning.py --run-name m --resume                    # start, or go on after a kill, to the bit
     python q_learning.py --evaluate runs/m/model.pt               # act with trained weights
 
-The numbers stand again in `train`, where each line happens.
+The numbers recur in `train`, beside the code of each line.
 
      1  initialise Q_theta
-     2  while not done:
+     2  for each step:
      3      a behaviour policy, epsilon-greedy here, gives (s, a, s', r)
      4      theta = theta - alpha (Q_theta(s, a) - r - gamma max_a' Q_theta(s', a')) grad_theta Q_theta(s, a)
 
@@ -17,16 +17,16 @@ with n tilings, alpha here is alpha / n on features of 0 and 1, the book's rule.
 optimistic where rewards are negative: it explores without an epsilon (elsewhere, as in CartPole, give `--start-e 1`;
 `mlp` wants an alpha of some thousandths).
 
-A terminal state has no value. The end by a time limit is no terminal state: its target goes on with max_a' Q(s', a').
+A terminal state has no value. A time limit is no terminal state: its target goes on with max_a' Q(s', a').
 
-DQN's two ideas are switches: `--replay` takes the mean of line 4 over a minibatch of past transitions, from
+DQN's two ideas are switches: `--replay` takes line 4's mean over a minibatch of past transitions, from
 the first step on, and `--target-network` takes max_a' from older weights, copied every so many steps.
 
 `--env-id Baird-v0 --learning-rate 0.01 --gamma 0.99 --total-timesteps 1000` is Baird's star (Baird 1995; Sutton and
-Barto 2018, section 11.2): the update of line 4 for state values, in expectation, swept over seven states, and
-off-policy: where line 4 has max_a', the target policy always goes to state 7. Rewards are 0 and weights could say so,
-and yet they grow without bound. A gamma below 15/17 mends it; so does `--target-network`, but slowly: with copies at
-least 80 sweeps apart, and from about sweep 2,000 on.
+Barto 2018, equation 11.9): line 4 for state values, in expectation, swept over seven states, and off-policy: for
+max_a' it takes the target policy, which always goes to state 7. Rewards are 0 and weights could say so,
+and yet they grow without bound. A gamma below 0.88 mends it; so does `--target-network`, but slowly: with copies 200 or
+more sweeps apart, from about sweep 2,000 on.
 """
 
 # /// script
@@ -80,7 +80,7 @@ from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 EVAL_SEED = 1_000_000  # added to the seed: evaluations play other episodes than the training
-EVAL_MAX_STEPS = 100_000  # an episode of an evaluation ends there, for where it has no time limit
+EVAL_MAX_STEPS = 100_000  # evaluation episodes without a time limit end there
 LOG_FREQUENCY = 100  # steps between two records of losses
 
 
@@ -149,8 +149,11 @@ class Args:
 
 
 class Repeatable(gym.Wrapper):
-    """float32 observations, the newest of which is `obs`. A checkpoint holds how the episode began and what was done
-    since, to play it again, as environments can that draw their random numbers from `np_random`."""
+    """float32 observations, the newest of which is `obs`.
+
+    A checkpoint holds how the episode began and what was done since, and plays it again. `--resume` refuses
+    environments whose randomness is not all from `np_random`.
+    """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
@@ -207,7 +210,7 @@ def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 class Scaled(nn.Module):
     """Observations (batch, d_obs) to [-1, 1] in every dimension, between the bounds of their space, and clipped there.
 
-    Where a dimension lacks one, as CartPole's velocities, or both are the same, they are taken to be -3 and 3.
+    Where a bound is missing, as of CartPole's velocities, or both are equal, -3 and 3 are taken.
     """
 
     def __init__(self, space: gym.spaces.Box):
@@ -306,7 +309,7 @@ class ReplayMemory:
     """The last `capacity` transitions in a ring: rows of s_t, a_t, r_t, whether s_{t+1} is terminal, s_{t+1}.
 
     `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file: what could be drawn at a checkpoint stays there
-    for as many more transitions as slots exceed the capacity, so the checkpoint only counts.
+    for as many more transitions as slots exceed the capacity: a checkpoint holds the count alone.
     """
 
     def __init__(self, capacity: int, rows: np.ndarray, d_obs: int, rng: np.random.Generator, device: torch.device):
@@ -338,7 +341,7 @@ class ReplayMemory:
 
 
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """The value at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    """The value at a step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 
@@ -363,7 +366,7 @@ def baird_features() -> torch.Tensor:
 
 
 def sweep_baird(args: Args, run: Run) -> dict[str, nn.Module]:
-    """Line 4 for v, in expectation over Baird's seven states, from weights (1, 1, 1, 1, 1, 1, 10, 1), which it returns.
+    """Line 4 for v, in expectation over Baird's seven states, from w = (1, 1, 1, 1, 1, 1, 10, 1); returns v.
 
     The target policy always goes to state 7; the behaviour policy visits all states equally often.
     """
@@ -413,7 +416,7 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
         env.reset(seed=int(rng.integers(2**31)))
 
     drawn = {2**k for k in range(8, 62)} | {args.total_timesteps}  # steps with a picture of the cost to go
-    for step in run.steps(args.total_timesteps, q_function=q_function):  # 2: while not done
+    for step in run.steps(args.total_timesteps, q_function=q_function):  # 2: for each step
         # 3: the behaviour policy gives (s, a, s', r)
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
         obs = env.obs

@@ -4,8 +4,8 @@
     python rainbow_atari.py --env-id ALE/Pong-v5 --no-noisy-nets --n-step 1   # without two of the six tricks
     python rainbow_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
 
-Deep Q-learning with six tricks, each a flag: without any of them the listing is that of dqn_atari.py, and with its
-rates and no clipping so are the weights, to the bit. The numbers stand again in `train`, where each line happens.
+Deep Q-learning with six tricks, each a flag: without them the listing is dqn_atari.py's, and with its rates too, and
+`--max-grad-norm 1e9`, so are the weights, to the bit. The numbers recur in `train`, beside the code of each line.
 
      1  initialise replay memory D to capacity N
      2  initialise network with random weights: for each action the distribution of its return  --distributional (a)
@@ -18,8 +18,8 @@ rates and no clipping so are the weights, to the bit. The numbers stand again in
      8      sample transitions j by priority, their last loss^0.5: P(j) ~ p_j               --prioritised-replay (d)
      9      R = r_j + gamma r_{j+1} + ... and phi_{j+n} of n steps, fewer where it ends          --n-step (e)
         a* = argmax_a Q(phi_{j+n}, a) by the network, its distribution by the target network    --double-q (f)
-        shrink it by gamma^n, shift it by R, and project it onto the atoms
-    10      one gradient step on the mean of w_j times the cross-entropy, w_j ~ P(j)^-beta; p_j = the new loss^0.5
+        shrink it by gamma^n (to 0 at a terminal state), shift it by R, and project it onto the atoms
+    10      one gradient step on the mean of w_j times the cross-entropy, w_j ~ P(j)^-beta; p_j = that loss^0.5
     11      every C steps target network = network
 
 (a) Bellemare et al. 2017; (b) Wang et al. 2016; (c) Fortunato et al. 2018; (d) Schaul et al. 2016; (e) Sutton 1988;
@@ -27,12 +27,14 @@ rates and no clipping so are the weights, to the bit. The numbers stand again in
 
 Differs from the paper:
 - Steps are agent steps of four emulator frames; a screen is grey, the maximum of the last two, shrunk by area.
-- A lost life ends an episode for learning, and leaves its last screens in the next one's first observations.
+- By default 1,000,000 steps, not 50,000,000. beta grows from step 1 to the run's last (DQN Zoo: from the first update).
+- A lost life is terminal, as theirs, but leaves its last screens in the next life's first observations.
 - As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and a transition's priority comes from
-  the cross-entropy; the paper's, from the KL divergence, which is less by the entropy of the target.
-- The last n - 1 transitions before an end are kept, with what is left of their n steps, and so are those before the
-  newest screen and before a time limit, which are no terminal states: their targets bootstrap.
-- beta grows from the first step on; a priority never falls to zero, for 1e-6 is added to the loss.
+  the cross-entropy, 100 at most; the paper's, from the KL divergence, which is less by the entropy of the target.
+- A transition with fewer than n steps ahead of it, before an end or the newest screen, is drawn with those it has. At
+  the newest screen, and at a time limit, its target bootstraps: neither is a terminal state.
+- `--no-distributional` takes the squared error, whose root makes the priority; Schaul's is clipped to [-1, 1].
+- The dueling streams' gradient enters the convolutions whole; Wang's, divided by the root of 2.
 - Evaluation keeps the noise, as DQN Zoo's does; without noisy nets it acts at random in 5 of 100 steps, as DQN's does,
   and epsilon falls over a tenth of the run (the paper: over 62,500 steps).
 """
@@ -110,7 +112,7 @@ class Args:
     env_id: str = "ALE/Pong-v5"
     """the game: an Atari environment id"""
     sticky_actions: Fraction = 0.0
-    """probability that an emulator frame repeats the action before (Machado et al. 2018 recommend 0.25)"""
+    """probability that an emulator frame repeats the last action (Machado et al. 2018 recommend 0.25)"""
     total_timesteps: Count = 1_000_000
     """agent steps to train for (one step is four emulator frames)"""
     learning_rate: Positive = 6.25e-5
@@ -197,7 +199,7 @@ def area_weights(size: int, new_size: int) -> list[tuple[np.ndarray, np.ndarray]
 class AtariPreprocessing(gym.Wrapper):
     """The preprocessing of Mnih et al. 2015 ("Methods: Preprocessing") around a raw grey-scale Atari environment.
 
-    `reset` plays 0 to 30 frames without action, drawn from `rng`; `step` repeats an action for 4 frames, adds up their
+    `reset` plays 0 to 30 frames (by `rng`) without action; `step` repeats an action for 4 frames, adds up their
     rewards and takes the maximum of the last two screens, which removes the flicker of sprites drawn on every other
     frame. Both give one screen, uint8 (84, 84), shrunk by area. `info["life_lost"]` tells whether the step cost a life.
     """
@@ -336,7 +338,7 @@ class FrameMemory:
     action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
 
     `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files: what could be drawn at a checkpoint
-    stays there for as many more screens as slots exceed the capacity, so the checkpoint only counts.
+    stays there for as many more screens as slots exceed the capacity: a checkpoint holds the count alone.
     """
 
     STEP: ClassVar = [("action", "u1"), ("reward", "f4"), ("terminated", "?"), ("acted", "?"), ("age", "u1")]
@@ -545,7 +547,7 @@ def losses(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """The value at an agent step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
+    """The value at a step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
     return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
 
 
@@ -636,7 +638,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
     if args.capture_video:
-        importlib.import_module("moviepy")  # not only after the training
+        importlib.import_module("moviepy")  # fails now, not after the training
     if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
         games = [name for name in gym.registry if name.startswith("ALE/")]
         near = difflib.get_close_matches(args.env_id, games, cutoff=0.4) or ["ALE/Pong-v5"]
