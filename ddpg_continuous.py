@@ -56,6 +56,7 @@ import errno
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -311,6 +312,29 @@ def train(args: Args, run: Run) -> dict[str, Actor]:
     if not run.restore(env=env, memory=memory, actor_adam=actor_adam, critic_adam=critic_adam, **networks):
         env.reset(seed=int(rng.integers(2**31)))  # 4, 6: the first episode and its first state
 
+    def update(
+        obs: torch.Tensor, action: torch.Tensor, reward: torch.Tensor, terminated: torch.Tensor, next_obs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1})), but y_i = r_i at a terminal state
+        with torch.no_grad():
+            y = reward + args.gamma * (1 - terminated) * target_critic(next_obs, target_actor(next_obs))
+        # 13: critic, one step down the gradient of the mean of (y_i - Q_phi(s_i, a_i))^2
+        q_value = critic(obs, action)
+        critic_loss = F.mse_loss(q_value, y)
+        phi.grad.zero_()
+        critic_loss.backward()
+        critic_adam.step()
+        # 14: actor, one step up the mean of Q_phi(s_i, pi_theta(s_i)) by theta
+        policy_loss = actor_loss(actor, critic, obs)
+        theta.grad.zero_()
+        policy_loss.backward(inputs=list(actor.parameters()))  # none for the critic
+        actor_adam.step()
+        # 15: theta' = tau theta + (1 - tau) theta', phi' likewise
+        target_theta.data.lerp_(theta.data, args.tau)
+        target_phi.data.lerp_(phi.data, args.tau)
+        return critic_loss.detach(), q_value.detach().mean(), policy_loss.detach()
+
+    update = run.cuda_graph(update, critic_adam, actor_adam)
     for step in run.steps(args.total_timesteps, actor=actor):  # 7: for each step t
         # 8: select action a_t = pi_theta(s_t) + eps_t
         obs = env.obs
@@ -325,28 +349,9 @@ def train(args: Args, run: Run) -> dict[str, Actor]:
             env.reset()  # 4, 6: the next episode and its first state
 
         if step >= args.learning_starts:
-            # 11: sample a minibatch
-            obs, action, reward, terminated, next_obs = memory.sample(args.batch_size)
-            # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1})), but y_i = r_i at a terminal state
-            with torch.no_grad():
-                y = reward + args.gamma * (1 - terminated) * target_critic(next_obs, target_actor(next_obs))
-            # 13: critic, one step down the gradient of the mean of (y_i - Q_phi(s_i, a_i))^2
-            q_value = critic(obs, action)
-            critic_loss = F.mse_loss(q_value, y)
-            phi.grad.zero_()
-            critic_loss.backward()
-            critic_adam.step()
-            # 14: actor, one step up the mean of Q_phi(s_i, pi_theta(s_i)) by theta
-            policy_loss = actor_loss(actor, critic, obs)
-            theta.grad.zero_()
-            policy_loss.backward(inputs=list(actor.parameters()))  # none for the critic
-            actor_adam.step()
-            # 15: theta' = tau theta + (1 - tau) theta', phi' likewise
-            target_theta.data.lerp_(theta.data, args.tau)
-            target_phi.data.lerp_(phi.data, args.tau)
-            run.log(
-                {"losses/qf1_loss": critic_loss, "losses/qf1_values": q_value.mean(), "losses/actor_loss": policy_loss}
-            )
+            # 11: sample a minibatch; 12 to 15: learn from it
+            critic_loss, q_value, policy_loss = update(*memory.sample(args.batch_size))
+            run.log({"losses/qf1_loss": critic_loss, "losses/qf1_values": q_value, "losses/actor_loss": policy_loss})
 
     env.close()
     return {"actor": actor}
@@ -536,6 +541,8 @@ class Run:
             self.progress, self.start = state["progress"], self.start - state["seconds"]
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(state["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"])
         else:
             save(self.dir / "args.json", flags)
         for path in self.dir.glob("events.out.tfevents.*"):  # what was logged after the checkpoint is logged again
@@ -553,6 +560,41 @@ class Run:
             self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
         on_signals(self.stop)
         return self.checkpoint is not None
+
+    def cuda_graph(self, function: Callable, *optimizers: torch.optim.Optimizer) -> Callable:
+        """On a GPU, the function as one CUDA graph: to launch its kernels one by one takes longer than they do.
+
+        It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
+        first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded.
+        """
+        if self.device.type != "cuda":
+            return function
+        graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+        inputs, outputs = [], None
+
+        def call(*arguments: torch.Tensor) -> object:
+            nonlocal inputs, outputs
+            if (number := next(calls)) < 3:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    outputs = function(*arguments)
+                torch.cuda.current_stream().wait_stream(stream)
+                return outputs
+            if number == 3:
+                inputs = [argument.clone() for argument in arguments]
+                groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+                for group in groups:
+                    group["capturable"] = True  # torch asks for it while it records
+                with torch.cuda.graph(graph, stream=stream):
+                    outputs = function(*inputs)
+                for group in groups:
+                    group["capturable"] = False
+            for recorded, argument in zip(inputs, arguments, strict=True):
+                recorded.copy_(argument)
+            graph.replay()
+            return outputs
+
+        return call
 
     def stop(self, signum: int, _: object) -> None:
         """On a signal: ends an evaluation at once, the training after its step; on one a second later, the program."""
@@ -632,6 +674,7 @@ class Run:
         state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
         state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
         state |= {"torch_rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
         save(self.dir / "checkpoint.pt", state)
 
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
@@ -639,7 +682,7 @@ class Run:
         self.evaluating = True
         if self.stopping:
             raise KeyboardInterrupt
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False

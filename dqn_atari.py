@@ -55,6 +55,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -264,9 +265,9 @@ class QNetwork(nn.Module):
         return self.layers(obs / 255)
 
     @torch.inference_mode()
-    def act(self, obs: torch.Tensor) -> int:
-        """argmax_a Q(obs, a) for one observation, uint8 (1, 4, 84, 84) on the network's device."""
-        return int(self(obs).argmax())
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """argmax_a Q(obs, a), int64 (), for one observation, uint8 (1, 4, 84, 84)."""
+        return self(obs).argmax()
 
 
 class FrameMemory:
@@ -408,10 +409,25 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
+    def update(
+        obs: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor, next_obs: torch.Tensor, terminals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # 9: y_j = r_j at a terminal state, else r_j + gamma max_a' Q-(phi_{j+1}, a')
+        with torch.no_grad():
+            td_target = td_targets(rewards, terminals, target_network(next_obs), args.gamma)
+        # 10: one gradient step
+        q_value = q_network(obs).gather(1, actions[:, None]).squeeze(1)
+        loss = td_loss(q_value, td_target, args.loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), q_value.detach().mean()
+
+    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)
     for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: with probability epsilon a random action, else the one of the highest value
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
-        action = int(rng.integers(env.action_space.n)) if rng.random() < epsilon else q_network.act(memory.newest_obs())
+        action = int(rng.integers(env.action_space.n) if rng.random() < epsilon else act(memory.newest_obs()))
         # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
         screen, reward, terminated, truncated, info = env.step(action)
         memory.append(action, np.sign(reward), terminated or info["life_lost"], screen)
@@ -421,18 +437,9 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
             memory.push(env.reset()[0])
 
         if step >= args.learning_starts and step % args.train_frequency == 0:
-            # 8: sample a minibatch
-            obs, actions, rewards, next_obs, terminals = memory.sample(args.batch_size)
-            # 9: y_j = r_j at a terminal state, else r_j + gamma max_a' Q-(phi_{j+1}, a')
-            with torch.no_grad():
-                td_target = td_targets(rewards, terminals, target_network(next_obs), args.gamma)
-            # 10: one gradient step
-            q_value = q_network(obs).gather(1, actions[:, None]).squeeze(1)
-            loss = td_loss(q_value, td_target, args.loss)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.log({"losses/td_loss": loss, "losses/q_values": q_value.mean()})
+            # 8: sample a minibatch; 9, 10: one gradient step
+            loss, q_value = update(*memory.sample(args.batch_size))
+            run.log({"losses/td_loss": loss, "losses/q_values": q_value})
 
         # 11: every C steps Q- = Q
         if step % args.target_network_frequency == 0:
@@ -629,6 +636,8 @@ class Run:
             self.progress, self.start = state["progress"], self.start - state["seconds"]
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(state["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"])
         else:
             save(self.dir / "args.json", flags)
         for path in self.dir.glob("events.out.tfevents.*"):  # what was logged after the checkpoint is logged again
@@ -646,6 +655,41 @@ class Run:
             self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
         on_signals(self.stop)
         return self.checkpoint is not None
+
+    def cuda_graph(self, function: Callable, *optimizers: torch.optim.Optimizer) -> Callable:
+        """On a GPU, the function as one CUDA graph: to launch its kernels one by one takes longer than they do.
+
+        It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
+        first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded.
+        """
+        if self.device.type != "cuda":
+            return function
+        graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+        inputs, outputs = [], None
+
+        def call(*arguments: torch.Tensor) -> object:
+            nonlocal inputs, outputs
+            if (number := next(calls)) < 3:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    outputs = function(*arguments)
+                torch.cuda.current_stream().wait_stream(stream)
+                return outputs
+            if number == 3:
+                inputs = [argument.clone() for argument in arguments]
+                groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+                for group in groups:
+                    group["capturable"] = True  # torch asks for it while it records
+                with torch.cuda.graph(graph, stream=stream):
+                    outputs = function(*inputs)
+                for group in groups:
+                    group["capturable"] = False
+            for recorded, argument in zip(inputs, arguments, strict=True):
+                recorded.copy_(argument)
+            graph.replay()
+            return outputs
+
+        return call
 
     def stop(self, signum: int, _: object) -> None:
         """On a signal: ends an evaluation at once, the training after its step; on one a second later, the program."""
@@ -725,6 +769,7 @@ class Run:
         state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
         state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
         state |= {"torch_rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
         save(self.dir / "checkpoint.pt", state)
 
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
@@ -732,7 +777,7 @@ class Run:
         self.evaluating = True
         if self.stopping:
             raise KeyboardInterrupt
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False

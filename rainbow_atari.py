@@ -280,7 +280,7 @@ class NoisyLinear(nn.Module):
             nn.init.constant_(parameter, sigma / math.sqrt(n_inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(sum(self.mu.weight.shape)).to(x.device)  # by the generator that every checkpoint holds
+        noise = torch.randn(sum(self.mu.weight.shape), device=x.device)
         noise_out, noise_in = (noise.sign() * noise.abs().sqrt()).split(self.mu.weight.shape)
         weight = torch.addcmul(self.mu.weight, self.sigma.weight, torch.outer(noise_out, noise_in))
         return F.linear(x, weight, torch.addcmul(self.mu.bias, self.sigma.bias, noise_out))
@@ -325,9 +325,9 @@ class RainbowNetwork(nn.Module):
         return outputs.squeeze(2) if self.output_shape[1] == 1 else outputs.softmax(dim=2) @ self.support
 
     @torch.inference_mode()
-    def act(self, obs: torch.Tensor) -> int:
-        """argmax_a Q(obs, a) under fresh noise for one observation, uint8 (1, 4, 84, 84) on the network's device."""
-        return int(self.q_values(self(obs)).argmax())
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """argmax_a Q(obs, a) under fresh noise, int64 (), for one observation, uint8 (1, 4, 84, 84)."""
+        return self.q_values(self(obs)).argmax()
 
 
 class FrameMemory:
@@ -532,7 +532,7 @@ def targets(
     """
     outputs = target_network(next_obs)
     q_values = chooser.q_values(outputs if chooser is target_network else chooser(next_obs))
-    chosen = outputs[torch.arange(len(outputs)), q_values.argmax(dim=1)]
+    chosen = outputs[torch.arange(len(outputs), device=outputs.device), q_values.argmax(dim=1)]
     if chosen.shape[1] == 1:
         return reward[:, None] + discount[:, None] * chosen
     support = target_network.support
@@ -571,11 +571,31 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
+    def update(
+        obs: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        discounts: torch.Tensor,
+        next_obs: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # 9: the target: double Q-learning, shrunk, shifted and projected
+        target = targets(rewards, discounts, next_obs, target_network, q_network if args.double_q else target_network)
+        # 10: one gradient step
+        outputs = q_network(obs)[torch.arange(args.batch_size, device=device), actions]
+        loss = losses(outputs, target)
+        optimizer.zero_grad()
+        (weights * loss).mean().backward()
+        nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+        optimizer.step()
+        return loss.detach(), q_network.q_values(outputs.detach()[:, None]).mean()
+
+    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)
     for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: the action of the highest value under fresh noise; without noise, a random one with probability epsilon
         decay = args.exploration_fraction * args.total_timesteps
         epsilon = 0.0 if args.noisy_nets else linear_schedule(args.start_e, args.end_e, decay, step)
-        action = int(rng.integers(env.action_space.n)) if rng.random() < epsilon else q_network.act(memory.newest_obs())
+        action = int(rng.integers(env.action_space.n) if rng.random() < epsilon else act(memory.newest_obs()))
         # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
         screen, reward, terminated, truncated, info = env.step(action)
         memory.append(action, np.sign(reward), terminated or info["life_lost"], screen)
@@ -587,19 +607,10 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
         if step >= args.learning_starts and step % args.train_frequency == 0:
             # 8, 9: sample by priority, with the rewards of n steps
             beta = linear_schedule(WEIGHT_EXPONENT, 1.0, args.total_timesteps, step)
-            places, (obs, actions, rewards, discounts, next_obs, weights) = memory.sample(args.batch_size, beta)
-            # 9: the target: double Q-learning, shrunk, shifted and projected
-            chooser = q_network if args.double_q else target_network
-            target = targets(rewards, discounts, next_obs, target_network, chooser)
-            # 10: one gradient step, and new priorities; of a squared error the root, |TD error|
-            outputs = q_network(obs)[torch.arange(args.batch_size), actions]
-            loss = losses(outputs, target)
-            optimizer.zero_grad()
-            (weights * loss).mean().backward()
-            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
-            optimizer.step()
-            memory.update(places, loss.detach() if args.distributional else loss.detach().sqrt())
-            q_value = q_network.q_values(outputs.detach()[:, None]).mean()
+            places, transitions = memory.sample(args.batch_size, beta)
+            # 9, 10: one gradient step, and new priorities; of a squared error the root, |TD error|
+            loss, q_value = update(*transitions)
+            memory.update(places, loss if args.distributional else loss.sqrt())
             run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_value})
 
         # 11: every C steps target network = network
@@ -799,6 +810,8 @@ class Run:
             self.progress, self.start = state["progress"], self.start - state["seconds"]
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(state["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"])
         else:
             save(self.dir / "args.json", flags)
         for path in self.dir.glob("events.out.tfevents.*"):  # what was logged after the checkpoint is logged again
@@ -816,6 +829,41 @@ class Run:
             self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
         on_signals(self.stop)
         return self.checkpoint is not None
+
+    def cuda_graph(self, function: Callable, *optimizers: torch.optim.Optimizer) -> Callable:
+        """On a GPU, the function as one CUDA graph: to launch its kernels one by one takes longer than they do.
+
+        It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
+        first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded.
+        """
+        if self.device.type != "cuda":
+            return function
+        graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+        inputs, outputs = [], None
+
+        def call(*arguments: torch.Tensor) -> object:
+            nonlocal inputs, outputs
+            if (number := next(calls)) < 3:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    outputs = function(*arguments)
+                torch.cuda.current_stream().wait_stream(stream)
+                return outputs
+            if number == 3:
+                inputs = [argument.clone() for argument in arguments]
+                groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+                for group in groups:
+                    group["capturable"] = True  # torch asks for it while it records
+                with torch.cuda.graph(graph, stream=stream):
+                    outputs = function(*inputs)
+                for group in groups:
+                    group["capturable"] = False
+            for recorded, argument in zip(inputs, arguments, strict=True):
+                recorded.copy_(argument)
+            graph.replay()
+            return outputs
+
+        return call
 
     def stop(self, signum: int, _: object) -> None:
         """On a signal: ends an evaluation at once, the training after its step; on one a second later, the program."""
@@ -895,6 +943,7 @@ class Run:
         state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
         state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
         state |= {"torch_rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
         save(self.dir / "checkpoint.pt", state)
 
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
@@ -902,7 +951,7 @@ class Run:
         self.evaluating = True
         if self.stopping:
             raise KeyboardInterrupt
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False

@@ -60,6 +60,7 @@ import errno
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -665,6 +666,8 @@ class Run:
             self.progress, self.start = state["progress"], self.start - state["seconds"]
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(state["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"])
         else:
             save(self.dir / "args.json", flags)
         for path in self.dir.glob("events.out.tfevents.*"):  # what was logged after the checkpoint is logged again
@@ -682,6 +685,41 @@ class Run:
             self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
         on_signals(self.stop)
         return self.checkpoint is not None
+
+    def cuda_graph(self, function: Callable, *optimizers: torch.optim.Optimizer) -> Callable:
+        """On a GPU, the function as one CUDA graph: to launch its kernels one by one takes longer than they do.
+
+        It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
+        first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded.
+        """
+        if self.device.type != "cuda":
+            return function
+        graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+        inputs, outputs = [], None
+
+        def call(*arguments: torch.Tensor) -> object:
+            nonlocal inputs, outputs
+            if (number := next(calls)) < 3:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    outputs = function(*arguments)
+                torch.cuda.current_stream().wait_stream(stream)
+                return outputs
+            if number == 3:
+                inputs = [argument.clone() for argument in arguments]
+                groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+                for group in groups:
+                    group["capturable"] = True  # torch asks for it while it records
+                with torch.cuda.graph(graph, stream=stream):
+                    outputs = function(*inputs)
+                for group in groups:
+                    group["capturable"] = False
+            for recorded, argument in zip(inputs, arguments, strict=True):
+                recorded.copy_(argument)
+            graph.replay()
+            return outputs
+
+        return call
 
     def stop(self, signum: int, _: object) -> None:
         """On a signal: ends an evaluation at once, the training after its step; on one a second later, the program."""
@@ -761,6 +799,7 @@ class Run:
         state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
         state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
         state |= {"torch_rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
         save(self.dir / "checkpoint.pt", state)
 
     def evaluate(self, model: dict[str, object], folder: Path | None) -> dict[str, float]:
@@ -768,7 +807,7 @@ class Run:
         self.evaluating = True
         if self.stopping:
             raise KeyboardInterrupt
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             states = {name: part.state_dict() for name, part in model.items()}
             figures = evaluate(self.args, states, self.device, folder)
         self.evaluating = False

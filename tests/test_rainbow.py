@@ -325,9 +325,9 @@ def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.Mo
     betas, draws, norms = [], [0], []
     sample, randn, step = rainbow.RainbowMemory.sample, torch.randn, torch.optim.Adam.step
 
-    def count(*size: int) -> torch.Tensor:
+    def count(*size: int, **options: object) -> torch.Tensor:
         draws[0] += 1
-        return randn(*size)
+        return randn(*size, **options)
 
     def watch(optimizer: torch.optim.Adam) -> None:
         norms.append(sum((p.grad**2).sum().item() for p in optimizer.param_groups[0]["params"]) ** 0.5)

@@ -198,6 +198,25 @@ def test_on_a_gpu_it_resumes_to_the_bit_too(script: str, tmp_path: Path) -> None
     assert run(script, "--evaluate", "runs/whole/model.pt", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.skipif(not CARDS, reason="no GPU, or a torch without CUDA")
+@off_policy_only
+def test_a_cuda_graph_trains_the_same_weights(script: str, tmp_path: Path) -> None:
+    """To the bit, as the same kernels launched one by one."""
+    text = (ROOT / f"{script}.py").read_text()
+    plain = text.replace(
+        'if self.device.type != "cuda":\n            return function', "if True:\n            return function"
+    )
+    assert plain != text
+    (tmp_path / f"{script}.py").write_text(plain)
+    models = []
+    for path in (script, tmp_path / script):
+        flags = [*SHORT[script], "--device", "cuda", "--run-name", f"run{len(models)}"]
+        result = run(path, *flags, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        models.append(torch.load(tmp_path / "runs" / flags[-1] / "model.pt", "cpu", weights_only=True))
+    assert same(*models)
+
+
 @pytest.mark.parametrize(
     ("script", "signals", "call"),
     [
