@@ -303,10 +303,14 @@ class FrameMemory:
         self.steps[self.count % self.slots] = 0, 0.0, False, False, age
         self.count += 1
 
-    def _stack(self, position: np.ndarray, first: int, last: int) -> torch.Tensor:
-        """Screens from `first` to `last` (included) relative to `position`, those before the episode's start black."""
-        offset = np.arange(first, last + 1)
-        screens = np.take(self.screens, (position[:, None] + offset) % self.slots, axis=0)
+    def _stack(self, position: np.ndarray, last: int) -> torch.Tensor:
+        """Screens from three before `position` to `last` after it, those before the episode's start black, as channels,
+        in memory the last axis: the first convolution takes them as they lie."""
+        offset = np.arange(1 - STACK, last + 1)
+        screens = np.empty((len(position), FRAME_SIZE, FRAME_SIZE, len(offset)), np.uint8)
+        for channel, place in enumerate(position + offset[:, None]):
+            screens[..., channel] = self.screens[place % self.slots]
+        screens = screens.transpose(0, 3, 1, 2)
         before_start = -offset > self.steps["age"][position % self.slots, None]
         if before_start.any():
             screens[before_start] = 0
@@ -314,7 +318,7 @@ class FrameMemory:
 
     def newest_obs(self) -> torch.Tensor:
         """The observation that the newest screen completes: uint8 (1, 4, 84, 84)."""
-        return self._stack(np.array([self.count - 1]), 1 - STACK, 0)
+        return self._stack(np.array([self.count - 1]), 0)
 
     @property
     def oldest(self) -> int:
@@ -335,7 +339,7 @@ class FrameMemory:
         float32 (batch,), 1 where the target must not bootstrap.
         """
         position = self.draw(batch_size)
-        steps, screens = self.steps[position % self.slots], self._stack(position, 1 - STACK, 1)
+        steps, screens = self.steps[position % self.slots], self._stack(position, 1)
         dtypes = {"action": np.int64, "reward": np.float32, "terminated": np.float32}
         action, reward, terminated = (torch.from_numpy(steps[n].astype(t)).to(self.device) for n, t in dtypes.items())
         return screens[:, :-1], action, reward, screens[:, 1:], terminated
@@ -409,9 +413,8 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
-    def update(
-        obs: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor, next_obs: torch.Tensor, terminals: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(*minibatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        obs, actions, rewards, next_obs, terminals = minibatch
         # 9: y_j = r_j at a terminal state, else r_j + gamma max_a' Q-(phi_{j+1}, a')
         with torch.no_grad():
             td_target = td_targets(rewards, terminals, target_network(next_obs), args.gamma)
@@ -423,7 +426,7 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
         optimizer.step()
         return loss.detach(), q_value.detach().mean()
 
-    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)
+    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)  # on a GPU; else they stay
     for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: with probability epsilon a random action, else the one of the highest value
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)

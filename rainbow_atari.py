@@ -363,10 +363,14 @@ class FrameMemory:
         self.steps[self.count % self.slots] = 0, 0.0, False, False, age
         self.count += 1
 
-    def _stack(self, position: np.ndarray, first: int, last: int) -> torch.Tensor:
-        """Screens from `first` to `last` (included) relative to `position`, those before the episode's start black."""
-        offset = np.arange(first, last + 1)
-        screens = np.take(self.screens, (position[:, None] + offset) % self.slots, axis=0)
+    def _stack(self, position: np.ndarray, last: int) -> torch.Tensor:
+        """Screens from three before `position` to `last` after it, those before the episode's start black, as channels,
+        in memory the last axis: the first convolution takes them as they lie."""
+        offset = np.arange(1 - STACK, last + 1)
+        screens = np.empty((len(position), FRAME_SIZE, FRAME_SIZE, len(offset)), np.uint8)
+        for channel, place in enumerate(position + offset[:, None]):
+            screens[..., channel] = self.screens[place % self.slots]
+        screens = screens.transpose(0, 3, 1, 2)
         before_start = -offset > self.steps["age"][position % self.slots, None]
         if before_start.any():
             screens[before_start] = 0
@@ -374,7 +378,7 @@ class FrameMemory:
 
     def newest_obs(self) -> torch.Tensor:
         """The observation that the newest screen completes: uint8 (1, 4, 84, 84)."""
-        return self._stack(np.array([self.count - 1]), 1 - STACK, 0)
+        return self._stack(np.array([self.count - 1]), 0)
 
     @property
     def oldest(self) -> int:
@@ -395,7 +399,7 @@ class FrameMemory:
         float32 (batch,), 1 where the target must not bootstrap.
         """
         position = self.draw(batch_size)
-        steps, screens = self.steps[position % self.slots], self._stack(position, 1 - STACK, 1)
+        steps, screens = self.steps[position % self.slots], self._stack(position, 1)
         dtypes = {"action": np.int64, "reward": np.float32, "terminated": np.float32}
         action, reward, terminated = (torch.from_numpy(steps[n].astype(t)).to(self.device) for n, t in dtypes.items())
         return screens[:, :-1], action, reward, screens[:, 1:], terminated
@@ -485,7 +489,7 @@ class RainbowMemory(FrameMemory):
         action = torch.from_numpy(ahead["action"][:, 0].astype(np.int64)).to(self.device)
         floats = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in (reward, discount, weight))
         reward, discount, weight = floats
-        obs, next_obs = (self._stack(place, 1 - STACK, 0) for place in (position, position + length))
+        obs, next_obs = (self._stack(place, 0) for place in (position, position + length))
         return position, (obs, action, reward, discount, next_obs, weight)
 
     def update(self, position: np.ndarray, loss: torch.Tensor) -> None:
@@ -571,14 +575,8 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
-    def update(
-        obs: torch.Tensor,
-        actions: torch.Tensor,
-        rewards: torch.Tensor,
-        discounts: torch.Tensor,
-        next_obs: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(*minibatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        obs, actions, rewards, discounts, next_obs, weights = minibatch
         # 9: the target: double Q-learning, shrunk, shifted and projected
         target = targets(rewards, discounts, next_obs, target_network, q_network if args.double_q else target_network)
         # 10: one gradient step
@@ -590,7 +588,7 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
         optimizer.step()
         return loss.detach(), q_network.q_values(outputs.detach()[:, None]).mean()
 
-    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)
+    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)  # on a GPU; else they stay
     for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: the action of the highest value under fresh noise; without noise, a random one with probability epsilon
         decay = args.exploration_fraction * args.total_timesteps
@@ -607,9 +605,9 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
         if step >= args.learning_starts and step % args.train_frequency == 0:
             # 8, 9: sample by priority, with the rewards of n steps
             beta = linear_schedule(WEIGHT_EXPONENT, 1.0, args.total_timesteps, step)
-            places, transitions = memory.sample(args.batch_size, beta)
+            places, minibatch = memory.sample(args.batch_size, beta)
             # 9, 10: one gradient step, and new priorities; of a squared error the root, |TD error|
-            loss, q_value = update(*transitions)
+            loss, q_value = update(*minibatch)
             memory.update(places, loss if args.distributional else loss.sqrt())
             run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_value})
 
