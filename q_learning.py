@@ -22,6 +22,9 @@ A terminal state has no value. A time limit is no terminal state: its target goe
 DQN's two ideas are switches: `--replay` takes line 4's mean over a minibatch of past transitions, from
 the first step on, and `--target-network` takes max_a' from older weights, copied every so many steps.
 
+Differs from the book: its Mountain Car learns by Sarsa and has no time limit (`--max-episode-steps`); of equal values the
+first action is taken, not any of them; the radial basis functions are random cosines (Rahimi and Recht 2007).
+
 `--env-id Baird-v0 --learning-rate 0.01 --gamma 0.99 --total-timesteps 1000` is Baird's star (Baird 1995; Sutton and
 Barto 2018, equation 11.9): line 4 for state values, in expectation, swept over seven states, and off-policy: for
 max_a' it takes the target policy, which always goes to state 7. Rewards are 0 and weights could say so,
@@ -416,7 +419,7 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
     if not run.restore(env=env, memory=memory, q_function=q_function, target_network=target_network):
         env.reset(seed=int(rng.integers(2**31)))
 
-    drawn = {2**k for k in range(8, 62)} | {args.total_timesteps}  # steps with a picture of the cost to go
+    pictured = {2**k for k in range(8, 62)} | {args.total_timesteps}  # steps with a picture of the cost to go
     for step in run.steps(args.total_timesteps, q_function=q_function):  # 2: for each step
         # 3: the behaviour policy gives (s, a, s', r)
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
@@ -437,7 +440,7 @@ def train(args: Args, run: Run) -> dict[str, nn.Module]:
             target_network.load_state_dict(q_function.state_dict())
 
         run.log({"losses/td_loss": loss, "losses/q_values": q_value.mean(), "charts/epsilon": epsilon})
-        if d_obs == 2 and step in drawn:
+        if d_obs == 2 and step in pictured:
             run.writer.add_figure("cost_to_go", surface(q_function), step)
 
     env.close()

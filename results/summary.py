@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -307,7 +308,7 @@ def summarise(*folders: Path) -> None:
     if not groups:
         fail(f"there is no run in {' '.join(map(str, folders))}")
     finished = [run for runs in groups.values() for run in runs if run["finished"]]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         for run, returns in zip(finished, pool.map(read_returns, [run["folder"] for run in finished]), strict=True):
             run["returns"] = returns
         for (script, environment, variant, path), runs in groups.items():
