@@ -22,8 +22,8 @@ A terminal state has no value. A time limit is no terminal state: its target goe
 DQN's two ideas are switches: `--replay` takes line 4's mean over a minibatch of past transitions, from
 the first step on, and `--target-network` takes max_a' from older weights, copied every so many steps.
 
-Differs from the book: its Mountain Car learns by Sarsa and has no time limit (`--max-episode-steps`); of equal values the
-first action is taken, not any of them; the radial basis functions are random cosines (Rahimi and Recht 2007).
+Differs from the book: its Mountain Car learns by Sarsa and has no time limit (`--max-episode-steps`); of equal values
+the first action is taken, not any of them; the radial basis functions are random cosines (Rahimi and Recht 2007).
 
 `--env-id Baird-v0 --learning-rate 0.01 --gamma 0.99 --total-timesteps 1000` is Baird's star (Baird 1995; Sutton and
 Barto 2018, equation 11.9): line 4 for state values, in expectation, swept over seven states, and off-policy: for

@@ -530,7 +530,7 @@ def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkey
         drawn.append({line.get_label(): line.get_xdata()[-1] for line in axes.lines if "seed" in line.get_label()})
 
     monkeypatch.setattr(summary, "draw_curves", draw)
-    monkeypatch.setattr(summary, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(summary, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor())
     summary.summarise(*(tmp_path / folder for folder in ("dqn", "rainbow", "again")))
     steps, hours = drawn
     assert {path.name for path in (tmp_path / "summary").iterdir()} == {"ALE-Pong-v5.png"}
@@ -560,7 +560,7 @@ def test_an_algorithm_has_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for script in scripts:
             make_run(tmp_path, 1, [1.0, 2.0], 1.0, game, script)
     monkeypatch.setattr(summary, "draw_together", draw_together)
-    monkeypatch.setattr(summary, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(summary, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor())
     summary.summarise(tmp_path)
     one, other = colours["ALE/Boxing-v5"], colours["ALE/Pong-v5"]
     assert one["b (1 seed)"] == other["b (1 seed)"]
