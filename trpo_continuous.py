@@ -690,7 +690,8 @@ class Run:
         """On a GPU, the function as one CUDA graph: to launch its kernels one by one takes longer than they do.
 
         It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
-        first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded.
+        first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded:
+        Python's numbers, such as a learning rate, stay what they are in that call.
         """
         if self.device.type != "cuda":
             return function
