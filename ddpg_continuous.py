@@ -312,6 +312,7 @@ def train(args: Args, run: Run) -> dict[str, Actor]:
     if not run.restore(env=env, memory=memory, actor_adam=actor_adam, critic_adam=critic_adam, **networks):
         env.reset(seed=int(rng.integers(2**31)))  # 4, 6: the first episode and its first state
 
+    # 12 to 15, called in the loop: a function, so that a GPU takes it as one CUDA graph
     def update(*minibatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         obs, action, reward, terminated, next_obs = minibatch
         # 12: y_i = r_i + gamma Q_phi'(s_{i+1}, pi_theta'(s_{i+1})), but y_i = r_i at a terminal state
@@ -333,7 +334,7 @@ def train(args: Args, run: Run) -> dict[str, Actor]:
         target_phi.data.lerp_(phi.data, args.tau)
         return critic_loss.detach(), q_value.detach().mean(), policy_loss.detach()
 
-    update = run.cuda_graph(update, critic_adam, actor_adam)  # on a GPU; else it stays
+    update = run.cuda_graph(update, critic_adam, actor_adam)
     for step in run.steps(args.total_timesteps, actor=actor):  # 7: for each step t
         # 8: select action a_t = pi_theta(s_t) + eps_t
         obs = env.obs

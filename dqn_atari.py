@@ -413,6 +413,7 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
+    # 9, 10, called in the loop: a function, so that a GPU takes it as one CUDA graph
     def update(*minibatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         obs, actions, rewards, next_obs, terminals = minibatch
         # 9: y_j = r_j at a terminal state, else r_j + gamma max_a' Q-(phi_{j+1}, a')
@@ -426,7 +427,7 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
         optimizer.step()
         return loss.detach(), q_value.detach().mean()
 
-    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)  # on a GPU; else they stay
+    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)
     for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: with probability epsilon a random action, else the one of the highest value
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)

@@ -575,6 +575,7 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
+    # 9, 10, called in the loop: a function, so that a GPU takes it as one CUDA graph
     def update(*minibatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         obs, actions, rewards, discounts, next_obs, weights = minibatch
         # 9: the target: double Q-learning, shrunk, shifted and projected
@@ -588,7 +589,7 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
         optimizer.step()
         return loss.detach(), q_network.q_values(outputs.detach()[:, None]).mean()
 
-    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)  # on a GPU; else they stay
+    act, update = run.cuda_graph(q_network.act), run.cuda_graph(update, optimizer)
     for step in run.steps(args.total_timesteps, q_network=q_network):  # 4: for each step t
         # 5: the action of the highest value under fresh noise; without noise, a random one with probability epsilon
         decay = args.exploration_fraction * args.total_timesteps

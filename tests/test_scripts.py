@@ -1,6 +1,7 @@
 """What every script promises around its algorithm: reproducible, resumable to the bit, whole in one file."""
 
 import ast
+import contextlib
 import errno
 import fcntl
 import importlib
@@ -18,6 +19,7 @@ import time
 import tomllib
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import imageio
 import numpy as np
@@ -196,6 +198,48 @@ def test_on_a_gpu_it_resumes_to_the_bit_too(script: str, tmp_path: Path) -> None
     assert run(script, *flags, "--run-name", "killed", "--resume", cwd=tmp_path).returncode == 0
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
     assert run(script, "--evaluate", "runs/whole/model.pt", cwd=tmp_path).returncode == 0
+
+
+def test_a_cuda_graph_repeats_what_it_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for machines without a GPU: what runs while it records waits, and every replay runs it again."""
+    kernels, asked, recording = [], [], []
+
+    class Graph(contextlib.nullcontext):
+        def __init__(self, *_: object, **__: object):
+            super().__init__(self)
+
+        def __enter__(self) -> None:
+            recording.append(True)
+
+        def __exit__(self, *_: object) -> None:
+            recording.clear()
+
+        def replay(self) -> None:
+            for kernel in kernels:
+                kernel()
+
+    stream = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    total, optimizer = torch.zeros(1), torch.optim.Adam([torch.zeros(1)])
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        asked.append(optimizer.param_groups[0]["capturable"])
+        kernels.append(lambda: total.add_(x))
+        if not recording:
+            kernels.pop()()
+        return total
+
+    run = mock.Mock(device=torch.device("cuda"))
+    call = importlib.import_module("dqn_atari").Run.cuda_graph(run, function, optimizer)
+    arguments = [torch.tensor([float(2**i)]) for i in range(7)]
+    assert [call(argument).item() for argument in arguments] == [1, 3, 7, 15, 31, 63, 127]
+    assert [argument.item() for argument in arguments] == [1, 2, 4, 8, 16, 32, 64]
+    assert asked == [False, False, False, True]
+    assert not optimizer.param_groups[0]["capturable"]
 
 
 @pytest.mark.skipif(not CARDS, reason="no GPU, or a torch without CUDA")
