@@ -128,7 +128,7 @@ export OMP_NUM_THREADS=${threads:-$((cores / workers > 0 ? cores / workers : 1))
 # However the sweep ends, its runs end with it, each with a checkpoint.
 stop() {
   [[ ${BASHPID-$$} == "$$" ]] || exit 130 # a child just forked may hear the signal too
-  trap '' INT TERM HUP EXIT
+  trap '' INT TERM HUP PIPE EXIT
   printf '\nstopping ...\n' >&2 || true
   # shellcheck disable=SC2046
   kill -TERM $(jobs -p) 2>/dev/null || true
@@ -136,7 +136,7 @@ stop() {
   echo "stopped; the same command goes on" >&2 || true
   exit 130
 }
-trap stop INT TERM HUP EXIT
+trap stop INT TERM HUP PIPE EXIT # PIPE: of `2>&1 | tee`, by the same signal
 
 pids=() running=() next=0 finished=0 failed=0 before="" # of each worker: its process, its run's number in the list
 while :; do

@@ -4,7 +4,7 @@
     python rainbow_atari.py --env-id ALE/Pong-v5 --no-noisy-nets --n-step 1   # without two of the six tricks
     python rainbow_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
 
-Deep Q-learning with six tricks, each a flag: without them the listing is dqn_atari.py's, and with its rates too, and
+Deep Q-learning with six tricks, each a flag: without them the listing is dqn_atari.py's, and with its defaults too, and
 `--max-grad-norm 1e9`, so are the weights, to the bit. The numbers recur in `train`, beside the code of each line.
 
      1  initialise replay memory D to capacity N
@@ -820,6 +820,8 @@ class Run:
             try:
                 self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
             except self.wandb.Error as error:  # no login, no connection
+                if not self.checkpoint:
+                    self.remove_replay()
                 fail(f"--track: {error}")
         self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
@@ -834,7 +836,8 @@ class Run:
 
         It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
         first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded:
-        Python's numbers, such as a learning rate, stay what they are in that call.
+        Python's numbers, such as a learning rate, stay what they are in that call. torch's optimizers must be `fused`:
+        others count their steps on the CPU.
         """
         if self.device.type != "cuda":
             return function
@@ -888,12 +891,13 @@ class Run:
                     self.evaluate(model, None)
                 self.counted, progress["step"] = progress["step"], progress["step"] + size
                 yield progress["step"]
-                self.bar.update(size)
                 self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
-                last = self.stopping or progress["step"] >= total
+                stopping = self.stopping  # a signal from here on waits for the next step
+                last = stopping or progress["step"] >= total
                 if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
                     self.save_checkpoint()
-                if self.stopping:
+                self.bar.update(size)  # after it, for `| tee` may be gone
+                if stopping:
                     raise KeyboardInterrupt
 
     def due(self, frequency: int) -> bool:
@@ -904,7 +908,7 @@ class Run:
         """Adds a step to the episode of an environment; where it is done, its return and length are logged."""
         self.counted += 1
         total, length = self.progress["episodes"].pop(env, (0.0, 0))
-        total, length = total + reward, length + 1
+        total, length = total + float(reward), length + 1  # a NumPy number would not load again
         if not done:
             self.progress["episodes"][env] = total, length
             return

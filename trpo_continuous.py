@@ -403,16 +403,15 @@ def trust_region_step(
     # 7: step beta
     beta = (2 * args.target_kl / (x @ fisher_product(x))).sqrt()
     # 8: line search; a step that is no number is neither better nor near
-    weights = list(policy.parameters())
-    theta_old = nn.utils.parameters_to_vector(weights).detach()
+    theta_old = nn.utils.parameters_to_vector(policy.parameters()).detach()
     for j in range(args.line_search_steps):
-        nn.utils.vector_to_parameters(theta_old + args.line_search_shrink**j * beta * x, weights)
+        nn.utils.vector_to_parameters(theta_old + args.line_search_shrink**j * beta * x, policy.parameters())
         with torch.no_grad():
             after, divergence, trials = surrogate(), kl(), j + 1
         if after > before and divergence <= args.target_kl:
             break
     else:
-        nn.utils.vector_to_parameters(theta_old, weights)
+        nn.utils.vector_to_parameters(theta_old, policy.parameters())
         after, divergence, trials = before.detach(), 0.0, 0
     return {"losses/policy_loss": -after, "losses/kl": divergence, "losses/line_search_steps": trials}
 
@@ -677,6 +676,8 @@ class Run:
             try:
                 self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
             except self.wandb.Error as error:  # no login, no connection
+                if not self.checkpoint:
+                    self.remove_replay()
                 fail(f"--track: {error}")
         self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
@@ -691,7 +692,8 @@ class Run:
 
         It takes and gives tensors on the GPU, whose shapes never change; a call overwrites what the last one gave. The
         first three calls run as they are, for what libraries set up then cannot be recorded, the fourth is recorded:
-        Python's numbers, such as a learning rate, stay what they are in that call.
+        Python's numbers, such as a learning rate, stay what they are in that call. torch's optimizers must be `fused`:
+        others count their steps on the CPU.
         """
         if self.device.type != "cuda":
             return function
@@ -745,12 +747,13 @@ class Run:
                     self.evaluate(model, None)
                 self.counted, progress["step"] = progress["step"], progress["step"] + size
                 yield progress["step"]
-                self.bar.update(size)
                 self.log({"charts/SPS": progress["step"] / (time.time() - self.start)})
-                last = self.stopping or progress["step"] >= total
+                stopping = self.stopping  # a signal from here on waits for the next step
+                last = stopping or progress["step"] >= total
                 if last or self.due(args.checkpoint_frequency) or self.due(args.eval_frequency):
                     self.save_checkpoint()
-                if self.stopping:
+                self.bar.update(size)  # after it, for `| tee` may be gone
+                if stopping:
                     raise KeyboardInterrupt
 
     def due(self, frequency: int) -> bool:
@@ -761,7 +764,7 @@ class Run:
         """Adds a step to the episode of an environment; where it is done, its return and length are logged."""
         self.counted += 1
         total, length = self.progress["episodes"].pop(env, (0.0, 0))
-        total, length = total + reward, length + 1
+        total, length = total + float(reward), length + 1  # a NumPy number would not load again
         if not done:
             self.progress["episodes"][env] = total, length
             return

@@ -85,7 +85,7 @@ def read_returns(run_dir: Path) -> np.ndarray:
         if not (run_dir / "returns.csv").exists():
             write_curves(run_dir)
         with open(run_dir / "returns.csv") as file:
-            return np.array([row for row in csv.reader(file) if row[0] != "step"], dtype=float).reshape(-1, 2)
+            return np.array([row for row in csv.reader(file) if row[:1] != ["step"]], dtype=float).reshape(-1, 2)
     except (OSError, ValueError) as error:
         print(f"summary: the curves of {run_dir} are left out: {error}", file=sys.stderr)
         return np.zeros((0, 2))

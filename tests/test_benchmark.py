@@ -136,17 +136,20 @@ def test_killed_with_its_runs_it_goes_on_to_the_same_bits_and_a_finished_run_sta
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM], ids=["ctrl-c", "hangup", "term"])
-def test_interrupted_it_ends_its_runs_with_checkpoints(signum: signal.Signals, here: Path) -> None:
-    """By Ctrl-C or a terminal that closes, which signal the runs as well, or by SIGTERM to the sweep alone."""
+@pytest.mark.parametrize("reader", ["there", "gone"])
+def test_interrupted_it_ends_its_runs_with_checkpoints(signum: signal.Signals, reader: str, here: Path) -> None:
+    """By Ctrl-C or a terminal that closes, which signal the runs and its reader (`| tee`) too, or by SIGTERM alone."""
     flags = ["--workers", "1", "--", *FLAGS, "--epochs", "1000000"]
     heard = partial(signal.signal, signum, signal.SIG_DFL)  # also where this test runs under nohup
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = start(*PLANE, 1, 2, *flags, cwd=here, start_new_session=True, preexec_fn=heard, **pipes)
     wait_until(lambda: list(here.glob("runs/*/checkpoint.pt")))
+    if reader == "gone":
+        process.stdout.close()
     os.kill(process.pid, signum) if signum == signal.SIGTERM else os.killpg(process.pid, signum)
-    stderr = process.communicate(timeout=60)[1]
+    output = process.communicate(timeout=60)[0] if reader == "there" else process.wait(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in stderr
+    assert reader == "gone" or "the same command goes on" in output
     assert "stopped; go on with" in (here / "runs" / "logs" / f"{NAMES[0]}.log").read_text()
     assert [path.name for path in here.glob("runs/*__*")] == NAMES[:1]
 

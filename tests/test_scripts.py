@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -284,6 +285,35 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
     assert_same_run(finished, tmp_path / "runs" / "stopped")
 
 
+@pytest.mark.parametrize(
+    ("moment", "pipe"),
+    [("log", None), ("due", None), ("save_checkpoint", None), ("log", BrokenPipeError)],
+)
+def test_a_signal_within_a_step_waits_for_a_checkpoint(
+    moment: str, pipe: type[OSError] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Ctrl-C has ended the `tee` that reads the progress."""
+    module, saved = importlib.import_module("q_learning"), []
+    run = mock.Mock(start=0.0, stopping=0.0, progress={"step": 0})
+    run.due.return_value = moment == "save_checkpoint"
+
+    def called(name: str, *_: object) -> object:
+        if name == moment:
+            run.stopping = 1.0
+        if name == "save_checkpoint":
+            saved.append(run.progress["step"])
+        return mock.DEFAULT
+
+    for name in ("log", "due", "save_checkpoint"):
+        getattr(run, name).side_effect = functools.partial(called, name)
+    bar = mock.MagicMock()
+    bar().__enter__().update.side_effect = pipe
+    monkeypatch.setattr(module, "tqdm", bar)
+    with pytest.raises(pipe or KeyboardInterrupt):
+        list(module.Run.steps(run, 10))
+    assert saved[-1:] == [run.progress["step"]]
+
+
 @pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
 def test_a_signal_before_the_training_leaves_nothing(script: str, tmp_path: Path) -> None:
     flags = [*SHORT[script], "--run-name", "early"]
@@ -537,6 +567,19 @@ def test_weights_and_biases_not_installed(
     message = message_of(importlib.import_module(script), [*SHORT[script], "--track"], capsys, monkeypatch)
     assert "pip install wandb" in message
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
+def test_weights_and_biases_without_a_login_leaves_no_replay_memory(
+    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wandb = mock.Mock(Error=LookupError)
+    wandb.init.side_effect = LookupError("no login")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    message = message_of(importlib.import_module(script), [*SHORT[script], "--track"], capsys, monkeypatch)
+    assert "--track: no login" in message
+    assert [path.name for path in tmp_path.glob("runs/*/*")] == ["args.json"]
 
 
 @agents_only
