@@ -164,7 +164,7 @@ class Rescaled(gym.Wrapper):
         return self.obs, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Takes actions in [-1, 1], float32 (d_action,)."""
+        """Takes actions, float32 (d_action,); beyond [-1, 1] they count as its ends."""
         scaled = (self.low + (action + 1) / 2 * (self.high - self.low)).clip(self.low, self.high)
         obs, reward, terminated, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
         self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()

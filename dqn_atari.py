@@ -12,16 +12,17 @@ Deep Q-learning with experience replay. The numbers recur in `train`, beside the
      4  for each step t:
      5      with probability epsilon select a random action a_t, else a_t = argmax_a Q(phi_t, a)
      6      execute a_t, observe reward r_t and screen x_{t+1}
-     7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, r_t, phi_{t+1}) in D
+     7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, sign of r_t, phi_{t+1}) in D
      8      sample a minibatch of transitions (phi_j, a_j, r_j, phi_{j+1}) from D
      9      y_j = r_j where the episode terminates at j, else r_j + gamma max_a' Q-(phi_{j+1}, a')
     10      one gradient step on the mean of (y_j - Q(phi_j, a_j))^2 by the weights of Q
     11      every C steps Q- = Q
 
 Differs from the paper and its code (DeepMind's, in Lua):
-- By default Adam on the squared error, a shorter exploration and a faster target network, which learn from fewer
-  frames. The README gives the command line with the paper's own settings: centred RMSProp, the error clipped to [-1, 1]
-  (`--loss huber`), and an epsilon under the root for gradients that here are averaged over the batch, theirs summed.
+- By default 1,000,000 steps, not 50,000,000, and so Adam on the squared error, updates from step 20,000 on, not 50,000,
+  a target network copied every 1,000 steps, not 10,000, and an epsilon that falls sooner and to 0.01, not 0.1. The
+  README gives the command line with the paper's own settings: centred RMSProp, the error clipped to [-1, 1]
+  (`--loss huber`), an epsilon under the root for gradients that here are averaged over the batch, theirs summed.
 - All steps are agent steps of four emulator frames, C's too, as in their code; the paper counts C in updates. Epsilon
   falls from step 0 on; theirs, from the first update. Of equal values the first one counts; theirs draw one.
 - A time limit is no terminal state: its target bootstraps. Their code takes it for the game's end.
@@ -311,9 +312,7 @@ class FrameMemory:
         for channel, place in enumerate(position + offset[:, None]):
             screens[..., channel] = self.screens[place % self.slots]
         screens = screens.transpose(0, 3, 1, 2)
-        before_start = -offset > self.steps["age"][position % self.slots, None]
-        if before_start.any():
-            screens[before_start] = 0
+        screens[-offset > self.steps["age"][position % self.slots, None]] = 0  # before the episode's start
         return torch.from_numpy(screens).to(self.device)
 
     def newest_obs(self) -> torch.Tensor:
@@ -388,9 +387,9 @@ class RMSprop(torch.optim.Optimizer):
                 weight.addcdiv_(grad, (v - m**2 + group["eps"]).sqrt_(), value=-group["lr"])
 
 
-def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """The value at a step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
-    return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """The value at a step: from `start` at step 0 in a straight line to `end` at `duration`, then constant."""
+    return end if step >= duration else start + (end - start) * step / duration
 
 
 def train(args: Args, run: Run) -> dict[str, QNetwork]:
@@ -432,7 +431,7 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
         # 5: with probability epsilon a random action, else the one of the highest value
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
         action = int(rng.integers(env.action_space.n) if rng.random() < epsilon else act(memory.newest_obs()))
-        # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
+        # 6, 7: execute it, store the transition; a lost life is terminal for learning, but the game goes on
         screen, reward, terminated, truncated, info = env.step(action)
         memory.append(action, np.sign(reward), terminated or info["life_lost"], screen)
         run.count_reward(reward, terminated or truncated)

@@ -26,9 +26,9 @@ Differs from the paper:
 - As in OpenAI's code (baselines, ppo2) and CleanRL: K = 4 (the paper's is 3), c_1 = 0.5 on half the squared error (1 on
   the whole), DQN's convolutions and rewards clipped to their sign; Adam's epsilon is 1e-5, advantages are normalised in
   each minibatch, initial weights are orthogonal, the gradient's norm is clipped. The paper lets eps fall with the
-  learning rate; they do not.
-- Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts (Andrychowicz et
-  al. 2021, section 3.4); FIRE pressed at the start of a game, which is left to the policy.
+  learning rate; theirs does not (ppo2's once did).
+- Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts in MuJoCo
+  (Andrychowicz et al. 2021, section 3.4); FIRE pressed at the start of a game, which is left to the policy.
 - All steps are agent steps of four emulator frames. Screens are made grey, the maximum of two is taken, and it is
   shrunk by area.
 

@@ -4,8 +4,9 @@
     python rainbow_atari.py --env-id ALE/Pong-v5 --no-noisy-nets --n-step 1   # without two of the six tricks
     python rainbow_atari.py --evaluate runs/b/model.pt --capture-video        # play with a trained network
 
-Deep Q-learning with six tricks, each a flag: without them the listing is dqn_atari.py's, and with its defaults too, and
-`--max-grad-norm 1e9`, so are the weights, to the bit. The numbers recur in `train`, beside the code of each line.
+Deep Q-learning with six tricks, each a flag: without them the listing is dqn_atari.py's, and with its defaults too
+(`--learning-rate 1e-4 --optimizer-eps 1e-8 --target-network-frequency 1000`) and `--max-grad-norm 1e9`, so are the
+weights, to the bit. The numbers recur in `train`, beside the code of each line.
 
      1  initialise replay memory D to capacity N
      2  initialise network with random weights: for each action the distribution of its return  --distributional (a)
@@ -14,8 +15,9 @@ Deep Q-learning with six tricks, each a flag: without them the listing is dqn_at
      4  for each step t:
      5      a_t = argmax_a Q(phi_t, a) under fresh noise in the weights of the heads            --noisy-nets (c)
      6      execute a_t, observe reward r_t and screen x_{t+1}
-     7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, r_t, phi_{t+1}) in D
-     8      sample transitions j by priority, their last loss^0.5: P(j) ~ p_j               --prioritised-replay (d)
+     7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, sign of r_t, phi_{t+1}) in D
+     8      sample transitions j by priority: P(j) ~ p_j, their last loss^0.5               --prioritised-replay (d)
+            (before the first, the largest p so far)
      9      R = r_j + gamma r_{j+1} + ... and phi_{j+n} of n steps, fewer where it ends          --n-step (e)
         a* = argmax_a Q(phi_{j+n}, a) by the network, its distribution by the target network    --double-q (f)
         shrink it by gamma^n (to 0 at a terminal state), shift it by R, and project it onto the atoms
@@ -371,9 +373,7 @@ class FrameMemory:
         for channel, place in enumerate(position + offset[:, None]):
             screens[..., channel] = self.screens[place % self.slots]
         screens = screens.transpose(0, 3, 1, 2)
-        before_start = -offset > self.steps["age"][position % self.slots, None]
-        if before_start.any():
-            screens[before_start] = 0
+        screens[-offset > self.steps["age"][position % self.slots, None]] = 0  # before the episode's start
         return torch.from_numpy(screens).to(self.device)
 
     def newest_obs(self) -> torch.Tensor:
@@ -446,7 +446,10 @@ class SumTree:
 
 
 class RainbowMemory(FrameMemory):
-    """DQN's memory, read n steps ahead and, if `prioritised`, drawn by priority (Schaul et al. 2016, section 3.3)."""
+    """DQN's memory, read n steps ahead and, if `prioritised`, drawn by priority (Schaul et al. 2016, section 3.3).
+
+    A checkpoint holds the priorities too.
+    """
 
     def __init__(self, *ring: object, n_step: int, gamma: float, prioritised: bool):
         super().__init__(*ring)
@@ -550,9 +553,9 @@ def losses(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(outputs, target, reduction="none")
 
 
-def linear_schedule(start_e: float, end_e: float, duration: float, step: int) -> float:
-    """The value at a step: from start_e at step 0 in a straight line to end_e at `duration`, then constant."""
-    return end_e if step >= duration else start_e + (end_e - start_e) * step / duration
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """The value at a step: from `start` at step 0 in a straight line to `end` at `duration`, then constant."""
+    return end if step >= duration else start + (end - start) * step / duration
 
 
 def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
@@ -595,7 +598,7 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
         decay = args.exploration_fraction * args.total_timesteps
         epsilon = 0.0 if args.noisy_nets else linear_schedule(args.start_e, args.end_e, decay, step)
         action = int(rng.integers(env.action_space.n) if rng.random() < epsilon else act(memory.newest_obs()))
-        # 6, 7: execute it, store the transition; the loss of a life is terminal for learning, but the game goes on
+        # 6, 7: execute it, store the transition; a lost life is terminal for learning, but the game goes on
         screen, reward, terminated, truncated, info = env.step(action)
         memory.append(action, np.sign(reward), terminated or info["life_lost"], screen)
         run.count_reward(reward, terminated or truncated)
