@@ -488,6 +488,13 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture
     assert not (events.parent / "returns.csv").exists()
 
 
+def test_damaged_curves_leave_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for seed, text in enumerate(["step,return\n10,1\n\n20,2\n", "step,return\n10,1\n20\n"]):
+        (make_run(tmp_path, seed, [1.0], 1.0) / "returns.csv").write_text(text)
+        assert len(summary.read_returns(next(tmp_path.glob(f"*__{seed}")))) == 0
+    assert capsys.readouterr().err.count("are left out") == 2
+
+
 def test_flags_tell_runs_apart(tmp_path: Path) -> None:
     """By their values, in order of size; a flag that an older script did not have tells nothing."""
     for target in ("$_a_$", "$$"):  # no mathematics

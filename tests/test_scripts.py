@@ -4,7 +4,6 @@ import ast
 import contextlib
 import errno
 import fcntl
-import functools
 import importlib
 import json
 import os
@@ -285,33 +284,36 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
     assert_same_run(finished, tmp_path / "runs" / "stopped")
 
 
-@pytest.mark.parametrize(
-    ("moment", "pipe"),
-    [("log", None), ("due", None), ("save_checkpoint", None), ("log", BrokenPipeError)],
-)
+@pytest.mark.parametrize(("moment", "pipe"), [("log", None), ("due", None), ("log", BrokenPipeError)])
 def test_a_signal_within_a_step_waits_for_a_checkpoint(
     moment: str, pipe: type[OSError] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where Ctrl-C has ended the `tee` that reads the progress."""
     module, saved = importlib.import_module("q_learning"), []
     run = mock.Mock(start=0.0, stopping=0.0, progress={"step": 0})
-    run.due.return_value = moment == "save_checkpoint"
+    run.due.return_value = False
 
-    def called(name: str, *_: object) -> object:
-        if name == moment:
-            run.stopping = 1.0
-        if name == "save_checkpoint":
-            saved.append(run.progress["step"])
+    def strike(*_: object) -> object:
+        run.stopping = 1.0
         return mock.DEFAULT
 
-    for name in ("log", "due", "save_checkpoint"):
-        getattr(run, name).side_effect = functools.partial(called, name)
+    getattr(run, moment).side_effect = strike
+    run.save_checkpoint.side_effect = lambda: saved.append(run.progress["step"])
     bar = mock.MagicMock()
     bar().__enter__().update.side_effect = pipe
     monkeypatch.setattr(module, "tqdm", bar)
     with pytest.raises(pipe or KeyboardInterrupt):
         list(module.Run.steps(run, 10))
     assert saved[-1:] == [run.progress["step"]]
+
+
+def test_a_numpy_reward_loads_again(tmp_path: Path) -> None:
+    module, run = importlib.import_module("q_learning"), mock.Mock(counted=0, progress={"episodes": {}, "returns": []})
+    module.Run.count_reward(run, np.float64(1.5), False)
+    module.Run.count_reward(run, np.float32(2), True, env=1)
+    torch.save(run.progress, tmp_path / "progress.pt")
+    progress = torch.load(tmp_path / "progress.pt", weights_only=True)
+    assert progress == {"episodes": {0: (1.5, 1)}, "returns": [2.0]}
 
 
 @pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
