@@ -124,8 +124,8 @@ def read_run(run_dir: Path) -> dict | None:
 def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     """The runs of a folder by script, environment and the flags in which runs of these two differ.
 
-    Where there is none, the runs of the folders in it, told apart by the names of these as well: "tau 0.005". What is
-    left out is said on standard error.
+    Where there is none, the runs of the folders in it, told apart by the names of these as well, where they are numbers
+    with the folder's: "tau 0.005". What is left out is said on standard error.
     """
 
     def within(folder: Path, setting: str) -> list[tuple[str, dict]]:
@@ -137,7 +137,8 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
     found = within(folder, "")
     if found and settings:
         print(f"summary: {folder} has runs of its own; those of folders in it are left out", file=sys.stderr)
-    found = found or [run for path in settings for run in within(path, f"{folder.resolve().name} {path.name}")]
+    label = {path: f"{folder.resolve().name} " * (not in_order(path.name)[0]) + path.name for path in settings}
+    found = found or [run for path in settings for run in within(path, label[path])]
     alike, groups = defaultdict(list), defaultdict(list)
     for setting, run in sorted(found, key=lambda pair: (pair[1]["environment"], not pair[1]["finished"])):
         alike[run["script"], run["environment"], setting].append(run)

@@ -513,11 +513,11 @@ def test_flags_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Each setting has a folder of its own, `runs/tau/9` and `runs/tau/10`, whose name it bears."""
+    """Each setting has a folder of its own, `runs/tau/9` and `runs/tau/10`, that tells it; a word needs no "tau"."""
     folder = tmp_path / "tau"
-    ten, nine = (make_run(folder / tau, 1, [1.0], 1.0) for tau in ("10", "9"))
+    none, ten, nine = (make_run(folder / tau, 1, [1.0], 1.0) for tau in ("none", "10", "9"))
     found = [(variant, [run["folder"] for run in runs]) for (*_, variant), runs in summary.read_runs(folder).items()]
-    assert found == [("tau 9", [nine]), ("tau 10", [ten])]
+    assert found == [("tau 9", [nine]), ("tau 10", [ten]), ("none", [none])]
     assert capsys.readouterr().err == ""
     run_dir = make_run(folder, 1, [1.0], 1.0)
     ((run,),) = summary.read_runs(folder).values()
