@@ -424,7 +424,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     actor_critic = ActorCritic(int(env.action_space.n)).to(device)
     actor_critic.load_state_dict(model["actor_critic"])
     returns = np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
+    for episode in progress_bar(range(args.eval_episodes), desc="evaluation: ", delay=10):
         obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
         done = False
         while not done:
@@ -523,6 +523,12 @@ def load(path: Path, kind: str) -> dict:
         fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
 
 
+def progress_bar(steps: range, **options: object) -> tqdm:
+    """Tells on standard output how many of the steps are done: a bar in a terminal, else a line a minute."""
+    line = {"mininterval": 60, "miniters": 1, "bar_format": "{desc}{n} of {total}, {rate_fmt}{postfix}\n"}
+    return tqdm(steps, file=sys.stdout, position=0, **({} if sys.stdout.isatty() else line), **options)
+
+
 def on_signals(handler: Callable) -> None:
     """Has it called on Ctrl-C, SIGTERM and SIGHUP, but for those that are ignored, as by nohup."""
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
@@ -611,8 +617,6 @@ class Run:
             try:
                 self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
             except self.wandb.Error as error:  # no login, no connection
-                if not self.checkpoint:
-                    self.remove_replay()
                 fail(f"--track: {error}")
         self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
@@ -675,8 +679,7 @@ class Run:
         The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
         """
         args, progress, self.size = self.args, self.progress, size
-        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
-        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+        with progress_bar(range(total), initial=progress["step"]) as self.bar:
             while progress["step"] < total:
                 if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
                     self.evaluate(model, None)
@@ -815,8 +818,9 @@ def main() -> None:
         hint = "; --resume goes on from the last checkpoint" if run and (run.dir / "checkpoint.pt").exists() else ""
         fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
     finally:
-        if run and run.made:  # its training did not begin
+        if run and not (run.dir / "checkpoint.pt").exists():  # nothing to go on from
             run.remove_replay()
+        if run and run.made:  # its training did not begin
             run.dir.rmdir()
 
 

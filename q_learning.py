@@ -155,30 +155,39 @@ class Args:
 class Repeatable(gym.Wrapper):
     """float32 observations, the newest of which is `obs`.
 
-    A checkpoint holds how the episode began and what was done since, and plays it again. `--resume` refuses
-    environments whose randomness is not all from `np_random`.
+    A checkpoint holds how the episode began and what was done since, and plays it again; `--resume` ends where that
+    comes out otherwise. So all randomness must come from `np_random`, and nothing else outlast an episode.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
             self.env.reset(seed=seed)
-        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
+        self.start, self.actions, self.episodic_return = self.unwrapped.np_random.bit_generator.state, [], 0.0
         obs, info = self.env.reset(options=options)
-        self.obs = np.array(obs, np.float32)
-        if not np.isfinite(self.obs).all():
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} on reset")
+        self.take(obs)
         return self.obs, info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
-        if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {action}")
+        reward = self.take(obs, reward, action)
         self.actions.append(action)
+        self.episodic_return += reward
         return self.obs, reward, bool(terminated), bool(truncated), info
 
+    def take(self, obs: object, reward: object = 0.0, action: object = None) -> float:
+        """Keeps the observation and returns the reward; ends the program where they are not numbers as they must be."""
+        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64)
+        shaped = self.obs.shape == self.observation_space.shape and reward.size == 1
+        if not (shaped and np.isfinite(self.obs).all() and math.isfinite(reward.item())):
+            when = "on reset" if action is None else f"and reward {reward} for action {action}"
+            hint = "" if action is None or np.isfinite(action).all() else "; try a lower --learning-rate"
+            must = f"not {self.observation_space.shape[0]} numbers" + " and one" * (action is not None)
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}, {must}{hint}")
+        return reward.item()
+
     def state_dict(self) -> dict:
-        return {"start": self.start, "actions": self.actions, "obs": self.obs.tolist()}
+        episode = {"start": self.start, "actions": self.actions}
+        return episode | {"obs": self.obs.tolist(), "return": self.episodic_return}
 
     def load_state_dict(self, state: dict) -> None:
         self.env.reset(seed=0)
@@ -186,7 +195,7 @@ class Repeatable(gym.Wrapper):
         self.reset()
         for action in state["actions"]:
             self.step(action)
-        if self.obs.tolist() != state["obs"]:
+        if (self.obs.tolist(), self.episodic_return) != (state["obs"], state["return"]):
             fail(f"--resume: {self.spec.id} does not play an episode again as it was; its runs can only start anew")
 
 
@@ -200,11 +209,12 @@ def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     try:
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **options)
     except (ImportError, gym.error.Error) as error:
-        fail(f"--env-id {args.env_id}: {error}" + " (PYTHONPATH names a module's folder)" * (":" in args.env_id))
+        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id and isinstance(error, ImportError))
+        fail(f"--env-id {args.env_id}: {error}{hint}")
     spaces = env.observation_space, env.action_space
     vector = isinstance(spaces[0], gym.spaces.Box) and len(spaces[0].shape) == 1
     if not (vector and isinstance(spaces[1], gym.spaces.Discrete) and spaces[1].start == 0):
-        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and Discrete actions, not {spaces}")
+        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and Discrete actions from 0, not {spaces}")
     env = Repeatable(env)
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
@@ -457,7 +467,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     q_function = QFunction(args, env).to(device)
     q_function.load_state_dict(model["q_function"])
     returns = np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
+    for episode in progress_bar(range(args.eval_episodes), desc="evaluation: ", delay=10):
         obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
         for _ in range(EVAL_MAX_STEPS):
             obs, reward, terminated, truncated, _ = env.step(q_function.act(obs))
@@ -559,6 +569,12 @@ def load(path: Path, kind: str) -> dict:
         fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
 
 
+def progress_bar(steps: range, **options: object) -> tqdm:
+    """Tells on standard output how many of the steps are done: a bar in a terminal, else a line a minute."""
+    line = {"mininterval": 60, "miniters": 1, "bar_format": "{desc}{n} of {total}, {rate_fmt}{postfix}\n"}
+    return tqdm(steps, file=sys.stdout, position=0, **({} if sys.stdout.isatty() else line), **options)
+
+
 def on_signals(handler: Callable) -> None:
     """Has it called on Ctrl-C, SIGTERM and SIGHUP, but for those that are ignored, as by nohup."""
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
@@ -647,8 +663,6 @@ class Run:
             try:
                 self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
             except self.wandb.Error as error:  # no login, no connection
-                if not self.checkpoint:
-                    self.remove_replay()
                 fail(f"--track: {error}")
         self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
@@ -711,8 +725,7 @@ class Run:
         The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
         """
         args, progress, self.size = self.args, self.progress, size
-        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
-        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+        with progress_bar(range(total), initial=progress["step"]) as self.bar:
             while progress["step"] < total:
                 if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
                     self.evaluate(model, None)
@@ -851,8 +864,9 @@ def main() -> None:
         hint = "; --resume goes on from the last checkpoint" if run and (run.dir / "checkpoint.pt").exists() else ""
         fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
     finally:
-        if run and run.made:  # its training did not begin
+        if run and not (run.dir / "checkpoint.pt").exists():  # nothing to go on from
             run.remove_replay()
+        if run and run.made:  # its training did not begin
             run.dir.rmdir()
 
 

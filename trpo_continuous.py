@@ -100,7 +100,7 @@ LOG_FREQUENCY = 1  # steps between two records of losses: every iteration
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"
-    """with vectors of observations and of bounded actions; MODULE:NAME imports one of yours"""
+    """with vectors of observations and of bounded float actions; MODULE:NAME imports one of yours"""
     total_timesteps: Count = 1_000_000
     """steps to train for, of all environments together; the last ones that fill no rollout are left out"""
     num_envs: Count = 1
@@ -156,8 +156,8 @@ class Args:
 class Rescaled(gym.Wrapper):
     """Actions in [-1, 1] in every dimension; float32 observations, the newest of which is `obs`.
 
-    A checkpoint holds how the episode began and what was done since, and plays it again. `--resume` refuses
-    environments whose randomness is not all from `np_random`.
+    A checkpoint holds how the episode began and what was done since, and plays it again; `--resume` ends where that
+    comes out otherwise. So all randomness must come from `np_random`, and nothing else outlast an episode.
     """
 
     def __init__(self, env: gym.Env):
@@ -170,22 +170,28 @@ class Rescaled(gym.Wrapper):
             self.env.reset(seed=seed)
         self.start, self.actions, self.episodic_return = self.unwrapped.np_random.bit_generator.state, [], 0.0
         obs, info = self.env.reset(options=options)
-        self.obs = np.array(obs, np.float32)
-        if not np.isfinite(self.obs).all():
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} on reset")
+        self.take(obs)
         return self.obs, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Takes actions, float32 (d_action,); beyond [-1, 1] they count as its ends."""
         scaled = (self.low + (action + 1) / 2 * (self.high - self.low)).clip(self.low, self.high)
         obs, reward, terminated, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
-        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
-        if not (math.isfinite(reward) and np.isfinite(self.obs).all()):
-            hint = "" if np.isfinite(action).all() else "; try a lower --learning-rate"
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} and reward {reward} for action {scaled}{hint}")
+        reward = self.take(obs, reward, scaled)
         self.actions.append(action.copy())
         self.episodic_return += reward
         return self.obs, reward, bool(terminated), bool(truncated), info
+
+    def take(self, obs: object, reward: object = 0.0, action: object = None) -> float:
+        """Keeps the observation and returns the reward; ends the program where they are not numbers as they must be."""
+        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64)
+        shaped = self.obs.shape == self.observation_space.shape and reward.size == 1
+        if not (shaped and np.isfinite(self.obs).all() and math.isfinite(reward.item())):
+            when = "on reset" if action is None else f"and reward {reward} for action {action}"
+            hint = "" if action is None or np.isfinite(action).all() else "; try a lower --learning-rate"
+            must = f"not {self.observation_space.shape[0]} numbers" + " and one" * (action is not None)
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}, {must}{hint}")
+        return reward.item()
 
     def state_dict(self) -> dict:
         actions = torch.from_numpy(np.array(self.actions, np.float32))
@@ -211,13 +217,13 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
     except (ImportError, gym.error.Error) as error:
-        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id) + atari
-        fail(f"--env-id {args.env_id}: {error}{hint}")
+        hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id and isinstance(error, ImportError))
+        fail(f"--env-id {args.env_id}: {error}{hint}{atari}")
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
-        hint = atari or "; gymnasium.wrappers such as TransformAction change them"
-        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and of bounded actions, not {spaces}{hint}")
+        hint = atari or "; gymnasium.wrappers such as FlattenObservation change them"
+        fail(f"--env-id {args.env_id}: needs vectors (Box): observations and bounded float actions, not {spaces}{hint}")
     env = Rescaled(env)
     if video_dir:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
@@ -487,7 +493,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     policy.load_state_dict(model["policy"])
     obs_moments.load_state_dict(model["obs_moments"])
     returns, mean = np.zeros(args.eval_episodes), policy.in_numpy()
-    for episode in range(args.eval_episodes):
+    for episode in progress_bar(range(args.eval_episodes), desc="evaluation: ", delay=10):
         obs, _ = env.reset(seed=args.seed + EVAL_SEED if episode == 0 else None)
         for _ in range(EVAL_MAX_STEPS):
             obs, reward, terminated, truncated, _ = env.step(mean(obs_moments.normalise(obs[None]))[0])
@@ -588,6 +594,12 @@ def load(path: Path, kind: str) -> dict:
         fail(f"{path} is missing, damaged, or no {kind} of {SCRIPT}.py ({type(error).__name__})")
 
 
+def progress_bar(steps: range, **options: object) -> tqdm:
+    """Tells on standard output how many of the steps are done: a bar in a terminal, else a line a minute."""
+    line = {"mininterval": 60, "miniters": 1, "bar_format": "{desc}{n} of {total}, {rate_fmt}{postfix}\n"}
+    return tqdm(steps, file=sys.stdout, position=0, **({} if sys.stdout.isatty() else line), **options)
+
+
 def on_signals(handler: Callable) -> None:
     """Has it called on Ctrl-C, SIGTERM and SIGHUP, but for those that are ignored, as by nohup."""
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
@@ -676,8 +688,6 @@ class Run:
             try:
                 self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
             except self.wandb.Error as error:  # no login, no connection
-                if not self.checkpoint:
-                    self.remove_replay()
                 fail(f"--track: {error}")
         self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
@@ -740,8 +750,7 @@ class Run:
         The parts of the model, which have a state_dict, are evaluated every --eval-frequency steps.
         """
         args, progress, self.size = self.args, self.progress, size
-        line = {} if sys.stdout.isatty() else {"mininterval": 60, "bar_format": "{n} of {total}, {rate_fmt}{postfix}\n"}
-        with tqdm(total=total, initial=progress["step"], file=sys.stdout, **line) as self.bar:
+        with progress_bar(range(total), initial=progress["step"]) as self.bar:
             while progress["step"] < total:
                 if progress["step"] and self.due(args.eval_frequency):  # behind its checkpoint
                     self.evaluate(model, None)
@@ -880,8 +889,9 @@ def main() -> None:
         hint = "; --resume goes on from the last checkpoint" if run and (run.dir / "checkpoint.pt").exists() else ""
         fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
     finally:
-        if run and run.made:  # its training did not begin
+        if run and not (run.dir / "checkpoint.pt").exists():  # nothing to go on from
             run.remove_replay()
+        if run and run.made:  # its training did not begin
             run.dir.rmdir()
 
 

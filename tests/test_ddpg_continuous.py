@@ -229,6 +229,21 @@ class BrokenReward(Bounds):
         return np.zeros(2), float("nan"), False, False, {}
 
 
+class BrokenRewards(Bounds):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, bool, dict]:
+        return np.zeros(2), np.ones(2), False, False, {}
+
+
+class BrokenShape(Bounds):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.zeros(1), 0.0, False, False, {}
+
+
+class BrokenOldGym(Bounds):
+    def reset(self, **options: object) -> np.ndarray:
+        return np.zeros(2)  # two numbers, as (observation, info) are two
+
+
 class Ending(Bounds):
     """Ends in a terminal state at every third step; its observations are one array, changed in place."""
 
@@ -597,14 +612,18 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
         ("--env-id Hopper-v3", "--env-id Hopper-v3: "),
         ("--env-id nowhere:Hopper-v5", "No module named 'nowhere'"),
         ("--env-id nowhere:Hopper-v5", "(PYTHONPATH names a module's folder)"),
-        ("--env-id CartPole-v1", "needs vectors (Box) of observations and of bounded actions"),
+        ("--env-id CartPole-v1", "needs vectors (Box): observations and bounded float actions"),
         ("--env-id Integers-v0", "needs vectors (Box)"),
         ("--env-id Images-v0", "needs vectors (Box)"),
         ("--env-id Dictionaries-v0", "needs vectors (Box)"),
-        ("--env-id HalfInfinite-v0", "gymnasium.wrappers such as TransformAction change them"),
+        ("--env-id HalfInfinite-v0", "gymnasium.wrappers such as FlattenObservation change them"),
         ("--env-id Broken-v0", "--env-id Broken-v0: gave observation [ 0. nan] and reward 0.0 for action ["),
         ("--env-id BrokenReward-v0", "and reward nan for action ["),
-        ("--env-id BrokenStart-v0", "gave observation [ 0. nan] on reset"),
+        ("--env-id BrokenStart-v0", "gave observation [ 0. nan] on reset, not 2 numbers"),
+        ("--env-id BrokenRewards-v0", "gave observation [0. 0.] and reward [1. 1.] for action ["),
+        ("--env-id BrokenShape-v0", "gave observation [0.] and reward 0.0 for action ["),
+        ("--env-id BrokenShape-v0", "], not 2 numbers and one"),
+        ("--env-id BrokenOldGym-v0", "gave observation 0.0 on reset, not 2 numbers"),
         ("--env-id Bounds-v0 --capture-video", "--capture-video: Bounds-v0 cannot be drawn here"),
         ("--evaluate hopper.pt --env-id HalfCheetah-v5", "hopper.pt was started with Hopper-v5"),
     ],

@@ -500,7 +500,7 @@ BAD = [
     (ppo, "--num-envs 3 --num-steps 50 --num-minibatches 4", "--num-minibatches 4: must divide the 150 steps"),
     (ppo, "--num-steps 64 --num-minibatches 64", "--num-minibatches 64: must divide the 64 steps"),
     (ppo, "--num-envs 2 --num-steps 600 --total-timesteps 1199", "must not exceed --total-timesteps"),
-    (ppo, "--env-id CartPole-v1", "vectors (Box) of observations and of bounded actions"),
+    (ppo, "--env-id CartPole-v1", "vectors (Box): observations and bounded float actions"),
     (ppo, "--env-id ALE/Pong-v5", "for Atari take a script"),
     (ppo_atari, "--env-id ALE/Pong-v5 --num-envs 3 --num-steps 50", "--num-minibatches 4: must divide the 150 steps"),
     (ppo_atari, "--env-id ALE/Pong-v5 --total-timesteps 1000", "must not exceed --total-timesteps"),

@@ -122,6 +122,14 @@ class Corridor(gym.Env):
         return np.float32([self.place]), -1.0, self.place == 4, False, {}
 
 
+class Noisy(Corridor):
+    """Draws its rewards from another generator than np_random."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, _, *rest = super().step(action)
+        return obs, np.random.default_rng().random(), *rest
+
+
 class From1(Corridor):
     """Has actions 1 and 2."""
 
@@ -129,6 +137,7 @@ class From1(Corridor):
 
 
 gym.register("Corridor-v0", "test_q_learning:Corridor", max_episode_steps=3)
+gym.register("Noisy-v0", "test_q_learning:Noisy", max_episode_steps=3)
 gym.register("From1-v0", "test_q_learning:From1")
 
 
@@ -261,21 +270,34 @@ def test_bairds_star_with_a_target_network(tmp_path: Path) -> None:
     np.testing.assert_allclose(weights, w)
 
 
+@pytest.mark.parametrize("env_id", ["Corridor-v0", "Noisy-v0"])
+def test_an_environment_that_does_not_repeat_is_not_resumed(env_id: str, capsys: pytest.CaptureFixture) -> None:
+    """Here its rewards; one that does repeat is."""
+    env, restored = (ql.make_discrete_env(ql.Args(env_id=env_id)) for _ in range(2))
+    env.reset(seed=1)
+    env.step(0)
+    if env_id == "Corridor-v0":
+        return restored.load_state_dict(env.state_dict())
+    with pytest.raises(SystemExit, match="2"):
+        restored.load_state_dict(env.state_dict())
+    assert f"--resume: {env_id} does not play an episode again as it was" in capsys.readouterr().err
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
 BAD = [
-    ("--env-id Pendulum-v1", "needs vectors (Box) of observations and Discrete actions"),
-    ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions"),
+    ("--env-id Pendulum-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
+    ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
     ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
-    ("--env-id test_q_learning:From1-v0", "needs vectors (Box) of observations and Discrete actions"),
+    ("--env-id test_q_learning:From1-v0", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id Acrobot-v1", "--tilings 8 --tiles 8: make 4,251,528 features"),
     ("--env-id Baird-v0 --replay", "has no --max-episode-steps, --replay or --capture-video"),
 ]
 
 
-class Broken(gym.Env):
+class Faulty(gym.Env):
     """Gives a reward that is no number, or an observation; by the name that it is registered under."""
 
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
@@ -286,7 +308,7 @@ class Broken(gym.Env):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         return (
-            np.full(2, np.nan if "Obs" in self.spec.id else 0.0),
+            np.full(1 if "Shape" in self.spec.id else 2, np.nan if "Obs" in self.spec.id else 0.0),
             np.nan if "Reward" in self.spec.id else 0.0,
             False,
             False,
@@ -294,16 +316,16 @@ class Broken(gym.Env):
         )
 
 
-@pytest.mark.parametrize("what", ["Start", "Obs", "Reward"])
+@pytest.mark.parametrize("what", ["Start", "Obs", "Reward", "Shape"])
 def test_an_environment_that_gives_no_number_is_named(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    gym.register(f"Broken{what}-v0", Broken, max_episode_steps=10)
-    flags = ["--env-id", f"Broken{what}-v0", "--total-timesteps", "100"]
+    gym.register(f"Faulty{what}-v0", Faulty, max_episode_steps=10)
+    flags = ["--env-id", f"Faulty{what}-v0", "--total-timesteps", "100"]
     message = message_of(ql, flags, capsys, monkeypatch)
-    assert f"--env-id Broken{what}-v0: gave observation [" in message
-    assert "nan" in message
+    assert f"--env-id Faulty{what}-v0: gave observation [" in message
+    assert ("nan" in message) == (what != "Shape")
     assert "learning-rate" not in message
 
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import importlib
+import itertools
 import json
 import os
 import random
@@ -120,11 +121,14 @@ def test_a_finished_run(script: str, finished: Path) -> None:
     if script in AGENTS:
         returns = [value for _, value in tags["scalar charts/episodic_return"]]
         assert result["train_return_mean"] == pytest.approx(np.mean(returns[-100:]))
-        total = int(SHORT[script][SHORT[script].index("--total-timesteps") + 1])
+        flags = dict(itertools.pairwise(SHORT[script]))
+        total, rollout = (
+            int(flags["--total-timesteps"]),
+            int(flags.get("--num-envs", 1)) * int(flags.get("--num-steps", 1)),
+        )
         assert tags["scalar eval/return_mean"][-1] == (total, pytest.approx(result["eval_return_mean"]))
         assert (result["total_timesteps"], result["eval_episodes"]) == (total, 1)
-        first = {"ddpg_continuous": 1000, "ppo_atari": 64, "q_learning": 100}
-        assert tags["speed"][0] == first.get(script, 400 if script in OFF_POLICY else 128)
+        assert tags["speed"][0] == max(importlib.import_module(script).LOG_FREQUENCY, rollout)
 
 
 def test_another_seed_is_another_run(script: str, tmp_path: Path) -> None:
@@ -305,6 +309,18 @@ def test_a_signal_within_a_step_waits_for_a_checkpoint(
     with pytest.raises(pipe or KeyboardInterrupt):
         list(module.Run.steps(run, 10))
     assert saved[-1:] == [run.progress["step"]]
+
+
+def test_a_long_evaluation_tells_its_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is a minute later at each look; on it, all else is as by `evaluate` of a short one."""
+    module = importlib.import_module("q_learning")
+    args = module.Args(env_id="CartPole-v1", features="raw", max_episode_steps=0, eval_episodes=3)
+    model = {"q_function": module.QFunction(args, module.make_discrete_env(args)).state_dict()}
+    quick = module.evaluate(args, model, torch.device("cpu"), None)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("tqdm.std.time", itertools.count(0, 60).__next__)
+    assert module.evaluate(args, model, torch.device("cpu"), None) == quick
+    assert "evaluation: 2 of 3" in capsys.readouterr().out
 
 
 def test_a_numpy_reward_loads_again(tmp_path: Path) -> None:
@@ -584,6 +600,20 @@ def test_weights_and_biases_without_a_login_leaves_no_replay_memory(
     assert [path.name for path in tmp_path.glob("runs/*/*")] == ["args.json"]
 
 
+@pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
+def test_an_error_before_the_first_checkpoint_leaves_no_replay_memory(
+    script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A user's own, in an update, say: each try has a folder of its own."""
+    module = importlib.import_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *SHORT[script]])
+    monkeypatch.setattr(module.Run, "count_reward", mock.Mock(side_effect=NameError))
+    with pytest.raises(NameError):
+        module.main()
+    assert {path.name.split(".")[0] for path in tmp_path.glob("runs/*/*")} == {"args", "events"}
+
+
 @agents_only
 def test_video_without_moviepy_is_refused_before_the_training(
     script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -714,7 +744,7 @@ def source(script: str) -> str:
     return (ROOT / f"{script}.py").read_text()
 
 
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if LINE in path.read_text())  # and yours, if you add some
 
 
 def test_the_run_is_the_same_in_every_script() -> None:
@@ -742,9 +772,9 @@ def test_same_names_mean_same_source() -> None:
             flags[flag.split(":")[0].strip()].add(flag.strip())
     assert [name for name, versions in sources.items() if len(versions) > 1] == []
     assert {name for name, versions in flags.items() if len(versions) > 1} == {"device"}  # two defaults
-    defaults = {name: importlib.import_module(name).Args().device for name in SCRIPTS}
+    defaults = {name: importlib.import_module(name).Args().device for name in SHORT}
     large = {"ddpg_continuous", "dqn_atari", "ppo_atari", "rainbow_atari"}  # faster on a GPU
-    assert defaults == {name: "auto" if name in large else "cpu" for name in SCRIPTS}
+    assert defaults == {name: "auto" if name in large else "cpu" for name in SHORT}
 
 
 @pytest.mark.parametrize("cuda", [False, True])
