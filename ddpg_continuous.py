@@ -177,8 +177,8 @@ class Rescaled(gym.Wrapper):
         if not (shaped and np.isfinite(self.obs).all() and math.isfinite(reward.item())):
             when = "on reset" if action is None else f"and reward {reward} for action {action}"
             hint = "" if action is None or np.isfinite(action).all() else "; try a lower --learning-rate"
-            must = f"not {self.observation_space.shape[0]} numbers" + " and one" * (action is not None)
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}, {must}{hint}")
+            must = f"must be {self.observation_space.shape[0]} finite numbers" + " and one" * (action is not None)
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}; {must}{hint}")
         return reward.item()
 
     def state_dict(self) -> dict:
@@ -210,7 +210,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     spaces = env.observation_space, env.action_space
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not (vectors and spaces[1].is_bounded() and np.issubdtype(spaces[1].dtype, np.floating)):
-        hint = atari or "; gymnasium.wrappers such as FlattenObservation change them"
+        hint = atari or "; gymnasium.wrappers such as FlattenObservation and TransformAction change them"
         fail(f"--env-id {args.env_id}: needs vectors (Box): observations and bounded float actions, not {spaces}{hint}")
     env = Rescaled(env)
     if video_dir:

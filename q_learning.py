@@ -181,8 +181,8 @@ class Repeatable(gym.Wrapper):
         if not (shaped and np.isfinite(self.obs).all() and math.isfinite(reward.item())):
             when = "on reset" if action is None else f"and reward {reward} for action {action}"
             hint = "" if action is None or np.isfinite(action).all() else "; try a lower --learning-rate"
-            must = f"not {self.observation_space.shape[0]} numbers" + " and one" * (action is not None)
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}, {must}{hint}")
+            must = f"must be {self.observation_space.shape[0]} finite numbers" + " and one" * (action is not None)
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}; {must}{hint}")
         return reward.item()
 
     def state_dict(self) -> dict:

@@ -122,10 +122,8 @@ def test_a_finished_run(script: str, finished: Path) -> None:
         returns = [value for _, value in tags["scalar charts/episodic_return"]]
         assert result["train_return_mean"] == pytest.approx(np.mean(returns[-100:]))
         flags = dict(itertools.pairwise(SHORT[script]))
-        total, rollout = (
-            int(flags["--total-timesteps"]),
-            int(flags.get("--num-envs", 1)) * int(flags.get("--num-steps", 1)),
-        )
+        total = int(flags["--total-timesteps"])
+        rollout = int(flags.get("--num-envs", 1)) * int(flags.get("--num-steps", 1))
         assert tags["scalar eval/return_mean"][-1] == (total, pytest.approx(result["eval_return_mean"]))
         assert (result["total_timesteps"], result["eval_episodes"]) == (total, 1)
         assert tags["speed"][0] == max(importlib.import_module(script).LOG_FREQUENCY, rollout)
@@ -312,7 +310,7 @@ def test_a_signal_within_a_step_waits_for_a_checkpoint(
 
 
 def test_a_long_evaluation_tells_its_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that is a minute later at each look; on it, all else is as by `evaluate` of a short one."""
+    """By a clock that goes on a minute at each look; a quick one says nothing. The figures are the same."""
     module = importlib.import_module("q_learning")
     args = module.Args(env_id="CartPole-v1", features="raw", max_episode_steps=0, eval_episodes=3)
     model = {"q_function": module.QFunction(args, module.make_discrete_env(args)).state_dict()}
