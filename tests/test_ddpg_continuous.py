@@ -612,7 +612,7 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
         ("--env-id Hopper-v3", "--env-id Hopper-v3: "),
         ("--env-id nowhere:Hopper-v5", "No module named 'nowhere'"),
         ("--env-id nowhere:Hopper-v5", "(PYTHONPATH names a module's folder)"),
-        ("--env-id test_ddpg_continuous:Nothing-v0", "Environment `Nothing` doesn't exist.\n"),  # the module does
+        ("--env-id test_ddpg_continuous:Xqzwvk-v0", "Environment `Xqzwvk` doesn't exist.\n"),  # the module does
         ("--env-id CartPole-v1", "needs vectors (Box): observations and bounded float actions"),
         ("--env-id Integers-v0", "needs vectors (Box)"),
         ("--env-id Images-v0", "needs vectors (Box)"),

@@ -291,7 +291,7 @@ BAD = [
     ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
     ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
-    ("--env-id test_q_learning:Nothing-v0", "Environment `Nothing` doesn't exist.\n"),  # the module does
+    ("--env-id test_q_learning:Xqzwvk-v0", "Environment `Xqzwvk` doesn't exist.\n"),  # the module does
     ("--env-id test_q_learning:From1-v0", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id Acrobot-v1", "--tilings 8 --tiles 8: make 4,251,528 features"),
     ("--env-id Baird-v0 --replay", "has no --max-episode-steps, --replay or --capture-video"),
