@@ -392,18 +392,6 @@ class FrameMemory:
             position[~drawable] = self.rng.integers(self.oldest, self.count - 1, (~drawable).sum())
         return position
 
-    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """Transitions drawn uniformly with replacement.
-
-        obs uint8 (batch, 4, 84, 84), action int64 (batch,), reward float32 (batch,), next_obs like obs, terminated
-        float32 (batch,), 1 where the target must not bootstrap.
-        """
-        position = self.draw(batch_size)
-        steps, screens = self.steps[position % self.slots], self._stack(position, 1)
-        dtypes = {"action": np.int64, "reward": np.float32, "terminated": np.float32}
-        action, reward, terminated = (torch.from_numpy(steps[n].astype(t)).to(self.device) for n, t in dtypes.items())
-        return screens[:, :-1], action, reward, screens[:, 1:], terminated
-
     def state_dict(self) -> dict:
         return {"count": self.count}
 
