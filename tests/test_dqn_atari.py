@@ -135,6 +135,9 @@ def test_action_repeat_lives_and_ends() -> None:
 def test_noops_are_drawn_from_0_to_30() -> None:
     env = dqn.AtariPreprocessing(ScriptedLives("3" * 40), np.random.default_rng(0))
     assert {int(env.reset()[0][0, 0]) for _ in range(1000)} == set(range(31))
+    for end in ({"terminated_at": 10}, {"truncated_at": 10}):  # a game that is over by then begins again
+        env = dqn.AtariPreprocessing(ScriptedLives("3" * 40, **end), np.random.default_rng(0))
+        assert {int(env.reset()[0][0, 0]) for _ in range(1000)} == set(range(10))
     env.env.get_action_meanings = lambda: ["FIRE"]
     assert dqn.AtariPreprocessing(env.env, np.random.default_rng(0)).noop_max == 0
 
@@ -229,11 +232,10 @@ def test_replay_equals_naive_memory(capacity: int, spare: int, episodes: list[in
 
 
 def test_replay_draws_uniformly() -> None:
-    """Also beside the end of an episode, where draws are repeated: 110 steps in two episodes."""
+    """Also where half of the draws are repeated, for they are ends: 110 episodes of one step."""
     memory = make_memory(1000, 0, np.random.default_rng(0))
     for action in range(110):
-        if action % 55 == 0:
-            memory.push(np.zeros((84, 84), np.uint8))
+        memory.push(np.zeros((84, 84), np.uint8))
         memory.append(action, 0.0, False, np.zeros((84, 84), np.uint8))
     counts = np.bincount(np.concatenate([memory.sample(1000)[1].numpy() for _ in range(55)]), minlength=110)
     chi_squared = ((counts - 500) ** 2 / 500).sum()
