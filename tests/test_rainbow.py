@@ -155,6 +155,7 @@ def test_draws_and_weights_follow_priorities() -> None:
     memory.push(shade(0))
     for i in range(100):
         memory.append(i % 18, float(i), False, shade(i + 1))
+    assert (memory.tree.levels[0].flat[:100] == 1).all()  # before the first loss, as in DQN Zoo
     loss = torch.linspace(0, 4, 100)
     memory.update(np.arange(100), loss)
     probability = np.sqrt(loss.numpy() + 1e-6) / np.sqrt(loss.numpy() + 1e-6).sum()
