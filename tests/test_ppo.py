@@ -360,11 +360,13 @@ def test_moments_are_those_of_all_rows() -> None:
 
 
 def test_rewards_are_scaled_by_the_discounted_return() -> None:
-    """Returns by hand over three rollouts; one episode ends in the second, and the sum goes on from the first."""
+    """Returns by hand over rollouts; episodes go on from one to the next, and the last one has two rare rewards."""
     scale, rng = ppo.RewardScale(2, 0.9), np.random.default_rng(0)
     returns, carry = [], np.zeros(2)
-    for _ in range(3):
+    for i in range(60):
         reward, done = rng.normal(5, 2, (4, 2)).astype(np.float32), np.float32(rng.random((4, 2)) < 0.3)
+        if i == 59:
+            reward[3] = 1e4, -1e4
         for t in range(4):
             carry = 0.9 * carry + reward[t]
             returns.append(carry)
