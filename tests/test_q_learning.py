@@ -289,6 +289,7 @@ def test_an_environment_that_does_not_repeat_is_not_resumed(env_id: str, capsys:
 BAD = [
     ("--env-id Pendulum-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
+    ("--env-id ale_py:ALE/Pong-v5", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
     ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
     ("--env-id test_q_learning:Xqzwvk-v0", "Environment `Xqzwvk` doesn't exist.\n"),  # the module does
