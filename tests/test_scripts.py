@@ -26,7 +26,19 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from common import AGENTS, DEADLINE, OFF_POLICY, ROOT, SHORT, message_of, read_events, run, run_interrupted, run_python
+from common import (
+    AGENTS,
+    DEADLINE,
+    OFF_POLICY,
+    ROOT,
+    SHORT,
+    message_of,
+    read_events,
+    run,
+    run_interrupted,
+    run_python,
+    scalars,
+)
 from common import run_until_killed as kill
 
 LINE = "# === The run: the same in every script "
@@ -319,6 +331,35 @@ def test_a_long_evaluation_tells_its_progress(capsys: pytest.CaptureFixture, mon
     monkeypatch.setattr("tqdm.std.time", itertools.count(0, 60).__next__)
     assert module.evaluate(args, model, torch.device("cpu"), None) == quick
     assert "evaluation: 2 of 3" in capsys.readouterr().out
+
+
+def test_speed_is_told_from_the_first_update_on_and_without_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of its own: a step takes a second, after the first update two; the run is stopped for a day."""
+    module, clock = importlib.import_module("q_learning"), [0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(module, "LOG_FREQUENCY", 1)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # the same process twice
+
+    def train(**flags: object) -> module.Run:
+        run = module.Run(module.Args(runs_dir=tmp_path, run_name="it", eval_episodes=0, **flags), "it")
+        run.restore()
+        for step in run.steps(30):
+            clock[0] += 1 if step <= 10 else 2
+            run.log({"losses/td_loss": 0.0} if step >= 10 else {})
+            if step == 20 and not flags:
+                run.stop(signal.SIGTERM, None)
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    clock[0] += 86_400
+    train(resume=True).finish({})
+    result = json.loads((tmp_path / "it" / "result.json").read_text())
+    assert (result["steps_per_second"], result["wall_seconds"]) == ((30 - 10) / 40, 10 + 40)
+    speeds = {step: pytest.approx(step / (step if step <= 10 else 2 * step - 10)) for step in range(1, 31)}
+    assert dict(scalars(tmp_path / "it", "charts/SPS")) == speeds
 
 
 def test_a_numpy_reward_loads_again(tmp_path: Path) -> None:
