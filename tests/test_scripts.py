@@ -654,13 +654,14 @@ def test_an_error_before_the_first_checkpoint_leaves_no_replay_memory(
 
 
 @agents_only
-def test_video_without_moviepy_is_refused_before_the_training(
-    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_video_without_moviepy_is_refused_before_the_episodes(
+    script: str, finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    message = message_of(importlib.import_module(script), [*SHORT[script], "--capture-video"], capsys, monkeypatch)
-    assert "moviepy" in message.lower()
+    for flags in (SHORT[script], ["--evaluate", str(finished / "model.pt")]):
+        message = message_of(importlib.import_module(script), [*flags, "--capture-video"], capsys, monkeypatch)
+        assert "moviepy" in message.lower()
     assert not list(tmp_path.iterdir())
 
 
