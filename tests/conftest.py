@@ -8,9 +8,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # starter.py shows the GPU to a run that asks for it
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a job in the background ignores it, and so would its children
+# A job in the background ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
