@@ -261,8 +261,8 @@ def as_vector(network: nn.Module) -> nn.Parameter:
 class ReplayMemory:
     """The last `capacity` transitions in a ring: rows of s_t, a_t, r_t, whether s_{t+1} is terminal, s_{t+1}.
 
-    `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file: what could be drawn at a checkpoint stays there
-    for as many more transitions as slots exceed the capacity: a checkpoint holds the count alone.
+    `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file. What could be drawn at a checkpoint is not
+    overwritten by the next slots - capacity transitions, and so a checkpoint holds the count alone.
     """
 
     def __init__(self, capacity: int, rows: np.ndarray, d_obs: int, rng: np.random.Generator, device: torch.device):
@@ -433,10 +433,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -616,6 +618,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -749,9 +753,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

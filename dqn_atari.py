@@ -13,7 +13,7 @@ Deep Q-learning with experience replay. The numbers recur in `train`, beside the
      5      with probability epsilon select a random action a_t, else a_t = argmax_a Q(phi_t, a)
      6      execute a_t, observe reward r_t and screen x_{t+1}
      7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, sign of r_t, phi_{t+1}) in D
-     8      sample a minibatch of transitions (phi_j, a_j, r_j, phi_{j+1}) from D
+     8      every fourth step: sample a minibatch of transitions (phi_j, a_j, r_j, phi_{j+1}) from D
      9      y_j = r_j where the episode terminates at j, else r_j + gamma max_a' Q-(phi_{j+1}, a')
     10      one gradient step on the mean of (y_j - Q(phi_j, a_j))^2 by the weights of Q
     11      every C steps Q- = Q
@@ -25,9 +25,9 @@ Differs from the paper and its code (DeepMind's, in Lua):
   (`--loss huber`), an epsilon under the root for gradients that here are averaged over the batch, theirs summed.
 - All steps are agent steps of four emulator frames, C's too, as in their code; the paper counts C in updates. Epsilon
   falls from step 0 on; theirs, from the first update. Of equal values the first one counts; theirs draw one.
-- A time limit is no terminal state: its target bootstraps. Their code takes it for the game's end.
-- A lost life is terminal, but its screens stay in the stack and play goes on; theirs blackens the stack and first plays
-  some frames without action.
+- A time limit (half an hour; their code has none) is no terminal state: its target bootstraps.
+- A lost life is terminal, but its screens stay in the stack and play goes on; theirs ends the action's repetition
+  there, blackens the stack and first plays some frames without action.
 - Screens are made grey, the maximum of two taken and shrunk by area; theirs: maximum, grey, bilinear.
 """
 
@@ -47,6 +47,7 @@ Differs from the paper and its code (DeepMind's, in Lua):
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -278,8 +279,8 @@ class FrameMemory:
     each screen stand the action taken there, its reward, whether it ended in a terminal state, whether there was an
     action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
 
-    `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files: what could be drawn at a checkpoint
-    stays there for as many more screens as slots exceed the capacity: a checkpoint holds the count alone.
+    `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files. What could be drawn at a checkpoint
+    is not overwritten by the next slots - capacity screens, and so a checkpoint holds the count alone.
     """
 
     STEP: ClassVar = [("action", "u1"), ("reward", "f4"), ("terminated", "?"), ("acted", "?"), ("age", "u1")]
@@ -369,7 +370,7 @@ def td_loss(q_value: torch.Tensor, td_target: torch.Tensor, loss: str) -> torch.
 class RMSprop(torch.optim.Optimizer):
     """The paper's RMSProp: w -= lr g / sqrt(v - m^2 + eps), m and v running means of g and g^2.
 
-    PyTorch's centred one adds eps outside the root, where rounding can leave v - m^2 negative.
+    PyTorch's centred one adds eps outside the root, which is no number where rounding has left v - m^2 negative.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor], lr: float, eps: float, decay: float = 0.95):
@@ -384,7 +385,7 @@ class RMSprop(torch.optim.Optimizer):
                     state["m"], state["v"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 m = state["m"].lerp_(grad, 1 - group["decay"])
                 v = state["v"].lerp_(grad**2, 1 - group["decay"])
-                weight.addcdiv_(grad, (v - m**2 + group["eps"]).sqrt_(), value=-group["lr"])
+                weight.addcdiv_(grad, (v - m**2).clamp_(min=0).add_(group["eps"]).sqrt_(), value=-group["lr"])
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
@@ -525,10 +526,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -708,6 +711,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -841,9 +846,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

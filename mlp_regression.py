@@ -21,9 +21,11 @@ The parametric functions f(x; w) and how they learn. The numbers stand again bel
     12          one step of the optimizer
     13      keep w if the loss on the validation examples is the best so far
 
-An MLP with one hidden layer approximates every continuous function on a bounded region, given enough units (Cybenko
-1989, Hornik et al. 1989). That good weights exist does not mean that descent finds them: from a usual start three
-sigmoids often miss the sine. `--restarts` takes the best of several, `--init-scale` begins with steep units.
+An MLP with one hidden layer approximates every continuous function on a closed bounded region, given enough units
+(Cybenko 1989, Hornik et al. 1989). That good weights exist does not mean that descent finds them: from a usual start
+three sigmoids often miss the sine. `--restarts` takes the best of several, `--init-scale` begins with steep units.
+
+An evaluation is of the test examples, whatever `--eval-episodes` says.
 """
 
 # /// script
@@ -41,6 +43,7 @@ sigmoids often miss the sine. `--restarts` takes the best of several, `--init-sc
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import ctypes
@@ -92,7 +95,7 @@ DATASETS = {  # number of inputs, each uniform in [-1, 1], and the function
 @dataclasses.dataclass
 class Args:
     dataset: Literal["sine", "plane", "circle", "spiral"] = "sine"
-    """a known function on [-1, 1] or its square"""
+    """a known function, on [-1, 1] or on the square [-1, 1]^2"""
     samples: Count = 1_000
     """examples of it"""
     noise: NonNegative = 0.0
@@ -203,27 +206,36 @@ def not_numbers(column: pd.Series) -> pd.Series:
     return column[column.notna() & pd.to_numeric(column, errors="coerce").isna()]
 
 
+def nearly_numbers(column: pd.Series) -> str:
+    """What keeps a column, most of which looks like numbers, from being one; else nothing."""
+    odd, bare = not_numbers(column), column.dropna().astype(str).str.replace(r"[,%$€\s]", "", regex=True)
+    if odd.empty or pd.to_numeric(bare, errors="coerce").notna().mean() <= 0.5:
+        return ""
+    return f"most of it looks like numbers, but not {odd.iloc[0]} in row {odd.index[0] + 1}"
+
+
 def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
     """How columns become numbers, from the training rows alone: means, deviations, medians, categories."""
     encoding = {"inputs": [], "left_out": []}
     for name in frame.columns:
-        column = frame[name].iloc[training]
+        column, numeric = frame[name].iloc[training], not_numbers(frame[name]).empty
+        if numeric:
+            column = pd.Series(numbers(frame, name)[training])  # as which large integers may be alike
         missing, distinct = bool(column.isna().any()), column.nunique()
         if name == "Unnamed: 0":
             encoding["left_out"].append(f"{name} (row numbers, as pandas and R write them)")
         elif distinct == 0 or (distinct == 1 and not missing):
             encoding["left_out"].append(f"{name} (constant)")
-        elif not_numbers(frame[name]).empty:
-            values = pd.Series(numbers(frame, name)[training])
-            filled = values.fillna(values.median())
+        elif numeric:
+            filled = column.fillna(column.median())
             scale = {
-                "median": values.median(),
+                "median": column.median(),
                 "mean": filled.mean(),
                 "std": filled.std(ddof=0) if distinct > 1 else 1.0,
             }
             encoding["inputs"].append({"name": name, "missing": missing} | {key: float(scale[key]) for key in scale})
         elif distinct == column.count() and not missing:
-            encoding["left_out"].append(f"{name} (different in every row)")
+            encoding["left_out"].append(f"{name} ({nearly_numbers(frame[name]) or 'different in every row'})")
         else:
             known = [str(category) for category in column.value_counts().index[:MAX_CATEGORIES]]
             encoding["inputs"].append({"name": name, "missing": missing, "categories": known})
@@ -255,9 +267,8 @@ def describe(frame: pd.DataFrame, encoding: dict) -> None:
             print(f"column {name}: one-hot, {len(column['categories'])} categories")
             if len(others):
                 print(f"column {name}: {len(others):,} rows have others, such as {others.iloc[0]}: coded as none")
-            odd, bare = not_numbers(there), text.str.replace(r"[,%$€\s]", "", regex=True)
-            if len(odd) and pd.to_numeric(bare, errors="coerce").notna().mean() > 0.5:
-                print(f"column {name}: most of it looks like numbers, but not {odd.iloc[0]} in row {odd.index[0] + 1}")
+            if nearly := nearly_numbers(there):
+                print(f"column {name}: {nearly}")
         else:
             instead = f"the median {column['median']:g}" + ", marked" * column["missing"]
         if len(there) < len(frame):
@@ -486,6 +497,8 @@ def train(args: Args, run: Run) -> dict[str, Best]:
             run.writer.add_figure("model", picture(args, model, parts, encoding), step)
             for name, weight in model.named_parameters():
                 run.writer.add_histogram(name.replace(".", "/"), weight, step)
+        if step > (args.restarts - 1) * args.epochs and 0 < args.patience <= step - best["start_step"]:
+            break  # the last start has ended
 
     model.load_state_dict(best["weights"])
     run.writer.add_figure("best", picture(args, model, parts, encoding), best["step"])
@@ -521,9 +534,9 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     def f(x: np.ndarray) -> np.ndarray:
         return mean + std * predict(network, torch.from_numpy(x).to(device))
 
-    figures, known = {}, ~np.isnan(target).any(axis=1)
+    figures, known = {"best_epoch": model["step"]}, ~np.isnan(target).any(axis=1)
     if known.any():
-        figures = {f"test_{name}": v for name, v in scores(f(x[known]), target[known], encoding["baseline"]).items()}
+        figures |= {f"test_{name}": v for name, v in scores(f(x[known]), target[known], encoding["baseline"]).items()}
     if not args.data:  # against the function itself, on an even grid
         axis = np.linspace(-1, 1, 1001 if x.shape[1] == 1 else 101, dtype=np.float32)
         grid = np.stack(np.meshgrid(*[axis] * x.shape[1]), axis=-1).reshape(-1, x.shape[1])
@@ -541,10 +554,14 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
     fill_defaults(args)
+    if args.capture_video:
+        fail("--capture-video: a regression has no episodes to record")
     if args.batch_size and args.optimizer == "lbfgs":
         fail(f"--batch-size {args.batch_size}: lbfgs takes all examples at once; take --optimizer adam or sgd")
     if not args.hidden_sizes or (args.model == "rbf" and len(args.hidden_sizes) > 1):
         fail(f"--hidden-sizes {args.hidden_sizes}: give one number for each hidden layer; an RBF network has one")
+    if sum(word.split("=")[0] == "--target" for word in sys.argv) > 1:
+        fail("--target is given more than once: give all columns after one")
     if bool(args.data) != bool(args.target) or len(set(args.target)) < len(args.target):
         fail(
             f"--data and --target go together, and no column twice: --data {args.data or None}, --target {args.target}"
@@ -656,10 +673,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -839,6 +858,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -972,9 +993,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

@@ -22,8 +22,8 @@ Differs from the paper:
 - A terminal state has no value. A time limit is no terminal state: delta_t takes V of its true last state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: observations are normalised by their mean and variance so far and
   rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
-  normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped; the learning rate falls,
-  and Adam's epsilon is 1e-5.
+  normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped, that of policy and V
+  together, so that c_1 = 0.5 on half the squared error matters; the learning rate falls, and Adam's epsilon is 1e-5.
 - Theirs, but not ours: a time limit that counts as a terminal state; statistics of observations and rewards that change
   within a rollout (here the former are those of the rollouts before, so that a state has one value; the first rollout
   has observations as they come, clipped); a clipped value loss, which hurts (Andrychowicz et al.
@@ -367,10 +367,10 @@ def diagnostics(
     Of a rollout (T, n_envs): the part of the targets' variance that the values before the update explain.
     """
     log_ratio = log_ratio.detach()
-    ratio, unexplained = log_ratio.exp(), (target - value).var() / max(target.var(), 1e-30)
+    ratio, kl = log_ratio.exp(), (log_ratio.exp() - 1 - log_ratio).mean()
     clipped = ((ratio - 1).abs() > clip_coef).float().mean()
-    kl = (ratio - 1 - log_ratio).mean()
-    return {"losses/approx_kl": kl, "losses/clipfrac": clipped, "losses/explained_variance": 1 - unexplained}
+    explained = 1 - (target - value).var() / target.var() if target.var() > 0 else 0.0
+    return {"losses/approx_kl": kl, "losses/clipfrac": clipped, "losses/explained_variance": explained}
 
 
 def train(args: Args, run: Run) -> dict[str, object]:
@@ -527,10 +527,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -710,6 +712,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -843,9 +847,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

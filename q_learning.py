@@ -29,7 +29,8 @@ the first action is taken, not any of them; the radial basis functions are rando
 Barto 2018, equation 11.9): line 4 for state values, in expectation, swept over seven states, and off-policy: for
 max_a' it takes the target policy, which always goes to state 7. Rewards are 0 and weights could say so,
 and yet they grow without bound. A gamma below 0.88 mends it; so does `--target-network` with copies 77 or more sweeps
-apart, but slowly: the values grow until sweep 2,000 or 3,000, and then fall, fastest with copies 130 apart.
+apart, but slowly: the values grow until sweep 2,000 or 3,000, and then fall, fastest with copies 130 apart. There are
+no features, no exploration and no episodes: their flags have no effect.
 """
 
 # /// script
@@ -48,6 +49,7 @@ apart, but slowly: the values grow until sweep 2,000 or 3,000, and then fall, fa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -180,9 +182,8 @@ class Repeatable(gym.Wrapper):
         shaped = self.obs.shape == self.observation_space.shape and reward.size == 1
         if not (shaped and np.isfinite(self.obs).all() and math.isfinite(reward.item())):
             when = "on reset" if action is None else f"and reward {reward} for action {action}"
-            hint = "" if action is None or np.isfinite(action).all() else "; try a lower --learning-rate"
             must = f"must be {self.observation_space.shape[0]} finite numbers" + " and one" * (action is not None)
-            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}; {must}{hint}")
+            fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}; {must}")
         return reward.item()
 
     def state_dict(self) -> dict:
@@ -205,16 +206,18 @@ def make_discrete_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     if not re.fullmatch(r"(\w[\w.]*:)?[^:]+", args.env_id):
         fail(f"--env-id {args.env_id}: must be NAME or MODULE:NAME")
+    atari = "; for Atari take a script whose name ends in _atari" * ("ALE/" in args.env_id)
     options = {"render_mode": "rgb_array"} if video_dir else {}
     try:
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **options)
     except (ImportError, gym.error.Error) as error:
         hint = " (PYTHONPATH names a module's folder)" * (":" in args.env_id and isinstance(error, ImportError))
-        fail(f"--env-id {args.env_id}: {error}{hint}")
+        fail(f"--env-id {args.env_id}: {error}{hint}{atari}")
     spaces = env.observation_space, env.action_space
     vector = isinstance(spaces[0], gym.spaces.Box) and len(spaces[0].shape) == 1
     if not (vector and isinstance(spaces[1], gym.spaces.Discrete) and spaces[1].start == 0):
-        fail(f"--env-id {args.env_id}: needs vectors (Box) of observations and Discrete actions from 0, not {spaces}")
+        must = "needs vectors (Box) of observations and Discrete actions from 0"
+        fail(f"--env-id {args.env_id}: {must}, not {spaces}{atari}")
     env = Repeatable(env)
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True, disable_logger=True)
@@ -322,8 +325,8 @@ class QFunction(nn.Module):
 class ReplayMemory:
     """The last `capacity` transitions in a ring: rows of s_t, a_t, r_t, whether s_{t+1} is terminal, s_{t+1}.
 
-    `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file: what could be drawn at a checkpoint stays there
-    for as many more transitions as slots exceed the capacity: a checkpoint holds the count alone.
+    `rows`, float32 (slots, 2 d_obs + d_action + 2), may lie in a file. What could be drawn at a checkpoint is not
+    overwritten by the next slots - capacity transitions, and so a checkpoint holds the count alone.
     """
 
     def __init__(self, capacity: int, rows: np.ndarray, d_obs: int, rng: np.random.Generator, device: torch.device):
@@ -488,6 +491,8 @@ def check(args: Args) -> str:
         size = args.tilings * (args.tiles + 1) ** env.observation_space.shape[0]
     if args.features == "tiles" and size > 10**6:
         fail(f"--tilings {args.tilings} --tiles {args.tiles}: make {size:,} features; take fewer, or --features rbf")
+    if args.features == "tiles" and args.tilings.bit_count() > 1:
+        fail(f"--tilings {args.tilings}: must be a power of 2, for all dimensions to be shifted")
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             try:
@@ -532,10 +537,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -715,6 +722,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -848,9 +857,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

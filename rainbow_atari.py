@@ -16,7 +16,7 @@ weights, to the bit. The numbers recur in `train`, beside the code of each line.
      5      a_t = argmax_a Q(phi_t, a) under fresh noise in the weights of the heads            --noisy-nets (c)
      6      execute a_t, observe reward r_t and screen x_{t+1}
      7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, sign of r_t, phi_{t+1}) in D
-     8      sample transitions j by priority: P(j) ~ p_j, their last loss^0.5               --prioritised-replay (d)
+     8      every fourth step: sample transitions j, P(j) ~ p_j, their last loss^0.5        --prioritised-replay (d)
             (before the first, the largest p so far)
      9      R = r_j + gamma r_{j+1} + ... and phi_{j+n} of n steps, fewer where it ends          --n-step (e)
         a* = argmax_a Q(phi_{j+n}, a) by the network, its distribution by the target network    --double-q (f)
@@ -57,6 +57,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -339,8 +340,8 @@ class FrameMemory:
     each screen stand the action taken there, its reward, whether it ended in a terminal state, whether there was an
     action at all (not at an episode's last screen) and the number of screens of the same episode before it, up to 3.
 
-    `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files: what could be drawn at a checkpoint
-    stays there for as many more screens as slots exceed the capacity: a checkpoint holds the count alone.
+    `screens`, uint8 (slots, 84, 84), and `steps`, STEP (slots,), may lie in files. What could be drawn at a checkpoint
+    is not overwritten by the next slots - capacity screens, and so a checkpoint holds the count alone.
     """
 
     STEP: ClassVar = [("action", "u1"), ("reward", "f4"), ("terminated", "?"), ("acted", "?"), ("age", "u1")]
@@ -686,10 +687,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -869,6 +872,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -1002,9 +1007,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

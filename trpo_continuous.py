@@ -474,7 +474,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 value_loss.backward()
                 adam.step()
         obs_moments.update(obs)  # for the next rollout
-        explained = 1 - (target - value).var() / max(target.var(), 1e-30)
+        explained = 1 - (target - value).var() / target.var() if target.var() > 0 else 0.0
         run.log(figures | {"losses/entropy": policy.entropy()})
         run.log({"losses/value_loss": value_loss, "losses/explained_variance": explained})
 
@@ -507,10 +507,11 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 def check(args: Args) -> str:
     """Refuses what only this script can refuse; returns the name of what it trains on."""
     size = args.num_envs * args.num_steps
-    if size > args.total_timesteps:
-        fail(f"--num-envs {args.num_envs} --num-steps {args.num_steps}: a rollout must not exceed --total-timesteps")
-    if size % args.num_minibatches or size == args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout into 2 or more each")
+    if not 2 <= size <= args.total_timesteps:
+        given = f"--num-envs {args.num_envs} --num-steps {args.num_steps}"
+        fail(f"{given}: a rollout must have 2 steps or more, and not exceed --total-timesteps")
+    if size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: must divide the {size} steps of a rollout")
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             try:
@@ -557,10 +558,12 @@ def fail(message: str) -> NoReturn:
 def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> None:
     """Ends the program where a flag that is not `free` differs from the one that `path` was started with."""
     now, started = (json.loads(json.dumps(flags, default=str)) for flags in (vars(args), started))
+    if now.keys() - started.keys() - free:
+        fail(f"{path} was begun by another script than {SCRIPT}.py, or another version of it")
     for name in now:
-        if name not in free and now[name] != started.get(name):
+        if name not in free and now[name] != started[name]:
             why = "; a run's length is fixed, for its schedules depend on it" if name == "total_timesteps" else ""
-            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started.get(name)}{why}")
+            fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -740,6 +743,8 @@ class Run:
             self.stopping = time.time()
             if self.evaluating:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # a terminal may be gone
+                os.write(2, b"\nends after this step; a second signal ends it at once\n")
         elif time.time() > self.stopping + 1:  # a terminal that is closed sends some at once
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -873,9 +878,10 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        words = [*sys.argv, *["--run-name", args.run_name] * ("--run-name" not in sys.argv), "--resume"]
-        words = sys.argv if args.resume else words
-        print("\nstopped" + f"; go on with: python {shlex.join(words)}" * (run is not None), file=sys.stderr)
+        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
+        line = shlex.join([sys.executable, *sys.argv, *more])
+        print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")

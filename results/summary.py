@@ -153,7 +153,7 @@ def read_runs(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
             if run["seed"] not in {other["seed"] for other in group}:
                 group.append(run)
             else:
-                print(f"summary: {run['folder']} is left out: a run differs in nothing from it", file=sys.stderr)
+                print(f"summary: {run['folder']} is left out: another run has its flags and its seed", file=sys.stderr)
     return groups
 
 
@@ -193,7 +193,8 @@ def table_row(script: str, environment: str, variant: str, runs: list[dict]) -> 
     row = {"script": script, "environment": environment + (f" ({variant})" if variant else "")}
     row["seeds done"] = f"{len(finished)} of {len(runs)} begun"
     if finished:
-        late = [run["returns"][run["returns"][:, 0] > 0.75 * run["steps"], 1] for run in finished if run["r2"] is None]
+        agents = [run for run in finished if run["rmse"] is None]
+        late = [run["returns"][run["returns"][:, 0] > 0.75 * run["steps"], 1] for run in agents]
         row["steps"] = f"{max(run['steps'] for run in finished):,}"
         row["return, last quarter"] = over_seeds([returns.mean() if len(returns) else None for returns in late])
         row["evaluation"] = over_seeds([run["evaluation"] for run in finished])
@@ -277,7 +278,7 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], folder:
     """One algorithm in one environment."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    regression = all(run["r2"] is not None for runs in variants.values() for run in runs)
+    regression = all(run["rmse"] is not None for runs in variants.values() for run in runs)
     draw_curves(axes, {variant or "mean": runs for variant, runs in variants.items()}, regression=regression)
     x, y, scale = ("epochs", "validation loss", "log") if regression else ("steps", "return in training", "linear")
     axes.set(xlabel=x, ylabel=y, yscale=scale)
@@ -362,7 +363,7 @@ def main() -> None:
                 print(__doc__)
             case ["--publish", folder, *run_dirs] if run_dirs and not Path(folder, "args.json").exists():
                 for run_dir in map(Path, run_dirs):
-                    publish(run_dir, Path(folder))
+                    publish(run_dir.absolute(), Path(folder))
             case [*folders] if folders and all(Path(folder).is_dir() for folder in folders):
                 summarise(*map(Path, folders))
             case arguments:

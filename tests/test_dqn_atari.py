@@ -384,6 +384,18 @@ def test_seven_updates_by_hand(
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-7)
 
 
+def test_rmsprop_where_the_gradient_hardly_varies() -> None:
+    """Rounding then leaves v - m^2 below -eps: the steps stay numbers, of at most lr g / sqrt(eps)."""
+    torch.manual_seed(1)
+    weight = torch.zeros(1000, requires_grad=True)
+    optimizer = dqn.RMSprop([weight], lr=1e-3, eps=1e-8)
+    for _ in range(1000):
+        before, weight.grad = weight.detach().clone(), 1 + 1e-5 * torch.randn(1000)
+        optimizer.step()
+    step = (before - weight.detach()) / (1e-3 * weight.grad)
+    assert 0 < step.min() <= step.max() < 1.001e4
+
+
 def test_the_epsilon_that_the_loop_uses(tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws a hair below and a hair above the value by hand: from 0.9 down to 0.1 over a quarter of 200 steps."""
     play(Catch)

@@ -186,6 +186,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_start(tmp_path: Path) -> Non
     best = torch.load(run_dir / "model.pt", weights_only=True)["best"]
     assert best["loss"] == pytest.approx(losses.min())
     assert best["step"] == steps[losses.argmin()]
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["best_epoch"], result["total_timesteps"]) == (best["step"], steps[-1])
     for start in (steps <= 25, steps > 25):  # seven epochs without a better one end a start; the next begins at 26
         assert 8 <= start.sum() < 25
         assert losses[start].argmin() == start.sum() - 8
@@ -474,15 +476,19 @@ def test_a_logistic_model_learns_the_targets_as_they_are(tmp_path: Path) -> None
 
 
 def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Tiny units are no constant; names are left out; one bad cell makes a number text."""
+    """Tiny units are no constant, integers that floats cannot tell apart are; one bad cell makes a number text."""
     frame = houses()
     frame["name"] = [f"house {i}" for i in range(len(frame))]
     frame["farads"] = np.random.default_rng(1).uniform(1e-13, 2e-13, len(frame))
     frame["year"] = frame["area"].round().astype(int).astype(str).where(frame.index != 7, "?")
+    frame["sold"] = [f"{area:.9f}" if i else "unknown" for i, area in enumerate(frame["farads"] * 1e13)]
+    frame["id"] = 1_790_000_000_000_000_000 + np.arange(len(frame)) // 2
     frame.to_csv(tmp_path / "houses.csv", index=False)
     _, encoding = mlp.make_data(made_args(data=str(tmp_path / "houses.csv"), target=("price",)))
     assert [column["name"] for column in encoding["inputs"]] == ["area", "rooms", "city", "farads", "year"]
     said = capsys.readouterr().out
+    assert "column sold (most of it looks like numbers, but not unknown in row 1): left out" in said
+    assert "column id (constant): left out" in said
     assert "column name (different in every row): left out" in said
     assert "column year: one-hot, 50 categories" in said
     rows = np.random.default_rng(1).permutation(198)[:139]
@@ -567,6 +573,7 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
     [
         ("--hidden-sizes", "give one number for each hidden layer"),
         ("--model rbf --hidden-sizes 3 3", "an RBF network has one"),
+        ("--capture-video", "--capture-video: a regression has no episodes to record"),
         ("--batch-size 10", "lbfgs takes all examples at once"),
         ("--samples 10 --optimizer sgd", "10 rows are too few: training, validation and test need two each"),
         ("--target y", "--data and --target go together"),
@@ -582,6 +589,7 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
         ("--data huge.csv --target price", "column area has 1e+155 in row 40"),
         ("--data same.csv --target price", "one value in all rows to train on"),
         ("--data houses.csv --target price price", "no column twice"),
+        ("--data houses.csv --target price --target area", "--target is given more than once"),
         ("--data alone.csv --target price", "no column is left to predict from; left out: country (constant)"),
         ("--data dates.csv --target price", "left out: day (different in every row)"),
         ("--data twice.csv --target price", "more than one column is called 'area'"),

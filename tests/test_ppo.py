@@ -240,6 +240,8 @@ def test_diagnostics_by_hand(script: ModuleType) -> None:
     assert said["losses/approx_kl"] == pytest.approx(np.mean([r - 1 - np.log(r) for r in ratio.numpy()]), rel=1e-4)
     assert said["losses/clipfrac"] == 0.5
     assert said["losses/explained_variance"] == pytest.approx(1 - np.var([0, 0, 3]) / np.var([1, 2, 6]))
+    constant = script.diagnostics(ratio.log(), 0.2, value, np.zeros_like(target))
+    assert constant["losses/explained_variance"] == 0
 
 
 def test_the_explained_variance_is_that_of_the_values_before_the_update(
@@ -502,6 +504,8 @@ BAD = [
     (ppo, "--num-envs 3 --num-steps 50 --num-minibatches 4", "--num-minibatches 4: must divide the 150 steps"),
     (ppo, "--num-steps 64 --num-minibatches 64", "--num-minibatches 64: must divide the 64 steps"),
     (ppo, "--num-envs 2 --num-steps 600 --total-timesteps 1199", "must not exceed --total-timesteps"),
+    (trpo, "--num-steps 64 --num-minibatches 10", "--num-minibatches 10: must divide the 64 steps"),
+    (trpo, "--num-envs 1 --num-steps 1", "a rollout must have 2 steps or more"),
     (ppo, "--env-id CartPole-v1", "vectors (Box): observations and bounded float actions"),
     (ppo, "--env-id ALE/Pong-v5", "for Atari take a script"),
     (ppo_atari, "--env-id ALE/Pong-v5 --num-envs 3 --num-steps 50", "--num-minibatches 4: must divide the 150 steps"),

@@ -290,11 +290,13 @@ BAD = [
     ("--env-id Pendulum-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id FrozenLake-v1", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id ale_py:ALE/Pong-v5", "needs vectors (Box) of observations and Discrete actions from 0"),
+    ("--env-id ALE/Pong-v5", "for Atari take a script whose name ends in _atari"),
     ("--env-id MountainCar-v9", "--env-id MountainCar-v9: "),
     ("--env-id nowhere:Car-v0", "(PYTHONPATH names a module's folder)"),
     ("--env-id test_q_learning:Xqzwvk-v0", "Environment `Xqzwvk` doesn't exist.\n"),  # the module does
     ("--env-id test_q_learning:From1-v0", "needs vectors (Box) of observations and Discrete actions from 0"),
     ("--env-id Acrobot-v1", "--tilings 8 --tiles 8: make 4,251,528 features"),
+    ("--tilings 6", "--tilings 6: must be a power of 2"),
     ("--env-id Baird-v0 --replay", "has no --max-episode-steps, --replay or --capture-video"),
 ]
 

@@ -291,8 +291,9 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
     flags = [*SHORT[script], "--run-name", "stopped"]
     result = run_interrupted(signals, "after", call, script, *flags, cwd=tmp_path)
     assert result.returncode == 130
-    (line,) = result.stderr.split("\n")[1:-1]
-    assert line.startswith("stopped; go on with: python ")
+    first, line = result.stderr.split("\n")[1:-1:2]
+    assert first == "ends after this step; a second signal ends it at once"
+    assert line.startswith(f"stopped; go on with: {sys.executable} ")
     assert line.endswith("--run-name stopped --resume")
     assert run(script, *line.split(f"{script}.py ")[1].split(), cwd=tmp_path).returncode == 0
     assert_same_run(finished, tmp_path / "runs" / "stopped")
@@ -431,7 +432,8 @@ def test_a_finished_run_is_left_alone_and_other_flags_are_refused(
                 module.main()
             assert "finished" in capsys.readouterr().out
         elif name == "script":
-            assert "was started with" in message_of(another, ["--run-name", name, "--resume"], capsys, monkeypatch)
+            message = message_of(another, ["--run-name", name, "--resume"], capsys, monkeypatch)
+            assert f"runs/{name} was begun by another script than" in message
         else:
             message = message_of(module, flags, capsys, monkeypatch)
             assert f"{' '.join(given[name])}: runs/{name} was started with" in message
