@@ -618,6 +618,8 @@ class Run:
             self.checkpoint = load(self.dir / "checkpoint.pt", "checkpoint")
             if self.checkpoint.get("sha256") != SHA256:
                 print(f"{self.dir} was begun by another version of {SCRIPT}.py", file=sys.stderr)
+            if (threads := self.checkpoint.get("threads")) not in (None, torch.get_num_threads()):
+                print(f"{self.dir} was begun with OMP_NUM_THREADS={threads}: its bits will differ", file=sys.stderr)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = True
         torch.set_flush_denormal(True)  # Adam's moments may decay into denormals, at less than half the speed
@@ -785,7 +787,7 @@ class Run:
         state = {"script": SCRIPT, "sha256": SHA256, "kind": "checkpoint", "progress": self.progress, "events": events}
         state |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
         state |= {"seconds": time.time() - self.start, "rng": self.rng.bit_generator.state}
-        state |= {"torch_rng": torch.get_rng_state()}
+        state |= {"torch_rng": torch.get_rng_state(), "threads": torch.get_num_threads()}
         state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
         save(self.dir / "checkpoint.pt", state)
 

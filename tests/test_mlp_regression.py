@@ -127,7 +127,7 @@ def test_the_printed_three_sigmoids_approximate_sin_of_2_pi_x() -> None:
         "last.weight": torch.tensor([[10.9, -10.9, -36.6]]),
         "last.bias": torch.tensor([18.23]),
     }
-    best = {"encoding": mlp.make_data(made_args())[1], "digest": "", "seed": 1, "weights": weights}
+    best = {"encoding": mlp.make_data(made_args())[1], "digest": "", "seed": 1, "step": 1, "weights": weights}
     errors = mlp.evaluate(made_args(), {"best": best}, CPU, None)
     assert errors["largest_error"] == pytest.approx(0.1323, abs=2e-4)
     assert errors["function_rmse"] == pytest.approx(0.0760, abs=2e-4)

@@ -536,13 +536,16 @@ def test_a_folder_that_is_no_runs_is_left_alone(
 
 
 @pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
-def test_another_version_of_the_script_says_so(script: str, finished: Path, tmp_path: Path) -> None:
+def test_another_version_or_number_of_threads_is_said(script: str, finished: Path, tmp_path: Path) -> None:
     source = (ROOT / f"{script}.py").read_text()
     (tmp_path / f"{script}.py").write_text(source + "# a change\n")
     flags = [*SHORT[script], "--run-name", "changed"]
     kill(script, "before", "model.pt", *flags, cwd=tmp_path)
-    result = run(tmp_path / script, *flags, "--resume", cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, f"runs/changed was begun by another version of {script}.py\n")
+    result = run_python(f"{script}.py", *flags, "--resume", cwd=tmp_path, OMP_NUM_THREADS="2")
+    version, threads = result.stderr.splitlines()
+    assert version == f"runs/changed was begun by another version of {script}.py"
+    assert threads == "runs/changed was begun with OMP_NUM_THREADS=1: its bits will differ"
+    assert result.returncode == 0
 
 
 @off_policy_only
