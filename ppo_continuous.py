@@ -26,8 +26,7 @@ Differs from the paper:
   together, so that c_1 = 0.5 on half the squared error matters; the learning rate falls, and Adam's epsilon is 1e-5.
 - Theirs, but not ours: a time limit that counts as a terminal state; statistics of observations and rewards that change
   within a rollout (here the former are those of the rollouts before, so that a state has one value; the first rollout
-  has observations as they come, clipped); a clipped value loss, which hurts (Andrychowicz et al.
-  2021, section 3.4).
+  has observations as they come, clipped); a clipped value loss, which hurts (Andrychowicz et al. 2021, section 3.4).
 - As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
   policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou; CleanRL's at 1.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone;

@@ -211,3 +211,8 @@ def test_two_iterations_by_hand(tmp_path: Path) -> None:
     run.writer.flush()
     for tag, expected in (("explained_variance", explained), ("entropy", entropy)):
         np.testing.assert_allclose([value for _, value in scalars(run.dir, f"losses/{tag}")], expected, rtol=1e-3)
+
+
+def test_minibatches_may_be_single_steps() -> None:
+    """Advantages are normalised over the rollout, not in a minibatch as PPO's."""
+    assert trpo.check(trpo.Args(num_envs=1, num_steps=4, num_minibatches=4)) == "HalfCheetah-v5"
