@@ -584,7 +584,8 @@ def test_an_algorithm_has_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of each run; a run of the same name with other flags or another result is not replaced."""
     run_dir = make_run(tmp_path / "runs", 1, [1.0, 2.0], 3.0)
-    monkeypatch.setattr("sys.argv", ["summary", "--publish", str(tmp_path / "results" / "tau"), str(run_dir)])
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setattr("sys.argv", ["summary", "--publish", str(tmp_path / "results" / "tau"), "."])
     summary.main()
     published = tmp_path / "results" / "tau" / run_dir.name
     assert {path.name for path in published.iterdir()} == {"args.json", "result.json", "returns.csv", "evaluations.csv"}
