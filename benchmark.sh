@@ -81,7 +81,7 @@ names=() commands=()
 for env_id in "${env_ids[@]}"; do
   environment=(--env-id "$env_id") subject=$env_id
   grep -q '^    env_id: ' "$script" || environment=(--dataset "$env_id") # regression
-  [[ ${environment[0]}$env_id != --dataset*.[cC][sS][vV] ]] || { environment=(--data "$env_id") && subject=$(basename "${env_id%.*}"); }
+  [[ ${environment[0]}$env_id != --dataset*.[cC][sS][vV] ]] || { environment=(--data "$env_id") && subject=$(basename -- "${env_id%.*}"); }
   subject=$(LC_ALL=C && printf %s "${subject//[^A-Za-z0-9._-]/-}") # the same name in every locale
   for seed in "${seeds[@]}"; do
     [[ $seed =~ ^(0|[1-9][0-9]{0,17})$ ]] || fail "--seeds $seed: a seed is a whole number, not negative, without leading zeros"

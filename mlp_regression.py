@@ -25,7 +25,8 @@ An MLP with one hidden layer approximates every continuous function on a closed 
 (Cybenko 1989, Hornik et al. 1989). That good weights exist does not mean that descent finds them: from a usual start
 three sigmoids often miss the sine. `--restarts` takes the best of several, `--init-scale` begins with steep units.
 
-An evaluation is of the test examples, whatever `--eval-episodes` says.
+An evaluation is of the test examples, whatever `--eval-episodes` says. The common flags' steps are epochs: a training
+of hours wants `--checkpoint-frequency 100`.
 """
 
 # /// script
@@ -222,10 +223,10 @@ def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
         if numeric:
             column = pd.Series(numbers(frame, name)[training])  # as which large integers may be alike
         missing, distinct = bool(column.isna().any()), column.nunique()
-        if name == "Unnamed: 0":
+        if re.fullmatch(r"Unnamed: 0(\.\d+)*", name) and numeric and (column % 1 == 0).all():  # .1: saved once more
             encoding["left_out"].append(f"{name} (row numbers, as pandas and R write them)")
         elif distinct == 0 or (distinct == 1 and not missing):
-            encoding["left_out"].append(f"{name} (constant)")
+            encoding["left_out"].append(f"{name} ({'constant' if distinct else 'empty'})")
         elif numeric:
             filled = column.fillna(column.median())
             scale = {
@@ -536,6 +537,8 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
 
     figures, known = {"best_epoch": model["step"]}, ~np.isnan(target).any(axis=1)
     if known.any():
+        if not same:
+            print("the figures are of all rows of this other table, also of any that were trained on")
         figures |= {f"test_{name}": v for name, v in scores(f(x[known]), target[known], encoding["baseline"]).items()}
     if not args.data:  # against the function itself, on an even grid
         axis = np.linspace(-1, 1, 1001 if x.shape[1] == 1 else 101, dtype=np.float32)
@@ -701,8 +704,10 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, kind: str) -> dict:
-    """The "model" or "checkpoint" that `save` wrote, tensors and plain types only; ends the program on all else."""
+    """What `save` wrote: flags; a "model" or "checkpoint" of tensors and plain types. All else ends the program."""
     try:
+        if path.suffix == ".json":
+            return dict(json.loads(path.read_text()))
         with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
             content = torch.load(path, map_location="cpu", weights_only=True)
         if (content["script"], content["kind"]) == (SCRIPT, kind):
@@ -751,9 +756,9 @@ class Run:
         except OSError as error:  # any other than this one is of a file system without locks
             if isinstance(error, BlockingIOError):
                 fail(f"--run-name {name}: another process is training in {self.dir}")
-        foreign = [path.name for path in self.dir.iterdir() if not path.name.startswith(("args.json", "replay."))]
+        foreign = [path.name for path in self.dir.iterdir() if not re.match(r"args\.json|replay\.\w+\.bin$", path.name)]
         if (self.dir / "args.json").exists():
-            check_same_flags(args, json.loads((self.dir / "args.json").read_text()), FREE, self.dir)
+            check_same_flags(args, load(self.dir / "args.json", "list of flags"), FREE, self.dir)
         elif foreign:
             fail(f"--run-name {name}: {self.dir} holds {foreign[0]}, but is no run's folder")
         if (self.dir / "result.json").exists():
@@ -775,7 +780,7 @@ class Run:
 
     def map_file(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
         """An array in a file, whose space is taken at once; it holds what it held at the checkpoint."""
-        path, size = self.dir / f"replay.{name}", math.prod(shape) * np.dtype(dtype).itemsize
+        path, size = self.dir / f"replay.{name}.bin", math.prod(shape) * np.dtype(dtype).itemsize
         try:
             with open(os.open(path, os.O_RDWR | (0 if self.checkpoint else os.O_CREAT), 0o666), "r+b") as file:
                 if self.checkpoint and os.fstat(file.fileno()).st_size != size:
@@ -790,7 +795,7 @@ class Run:
 
     def restore(self, **parts: object) -> bool:
         """Loads the checkpoint into parts, which have state_dict and load_state_dict; False where there is none."""
-        self.parts, self.made, flags, state = parts, False, vars(self.args), self.checkpoint or {"events": {}}
+        self.parts, flags, state = parts, vars(self.args), self.checkpoint or {"events": {}}
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
@@ -809,9 +814,9 @@ class Run:
                 self.wandb.init(**options, resume="allow", config=flags, dir=self.dir, sync_tensorboard=True)
             except self.wandb.Error as error:  # no login, no connection
                 fail(f"--track: {error}")
-        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         hook = threading.excepthook  # what goes wrong on disk in the writer's thread is raised by its next flush
         threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed)
+        self.writer = SummaryWriter(self.dir, purge_step=self.progress["step"] + 1)
         if not self.checkpoint:
             self.writer.add_text("flags", "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
         on_signals(self.stop)
@@ -918,13 +923,13 @@ class Run:
         """Has events and mapped files written to the disk; returns the sizes of the former."""
         self.writer.flush()
         events = list(self.dir.glob("events.out.tfevents.*"))
-        for path in [*events, *self.dir.glob("replay.*")]:
+        for path in [*events, *self.dir.glob("replay.*.bin")]:
             with open(path) as file:
                 os.fsync(file)
         return {path.name: path.stat().st_size for path in events}
 
     def remove_replay(self) -> None:
-        for path in self.dir.glob("replay.*"):
+        for path in self.dir.glob("replay.*.bin"):
             path.unlink()
 
     def save_checkpoint(self) -> None:
@@ -1014,8 +1019,9 @@ def main() -> None:
     finally:
         if run and not (run.dir / "checkpoint.pt").exists():  # nothing to go on from
             run.remove_replay()
-        if run and run.made:  # its training did not begin
-            run.dir.rmdir()
+        if run and run.made:
+            with contextlib.suppress(OSError):  # it is not empty, for its training began
+                run.dir.rmdir()
 
 
 if __name__ == "__main__":

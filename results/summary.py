@@ -353,7 +353,7 @@ def publish(run_dir: Path, folder: Path) -> None:
     published.mkdir(parents=True, exist_ok=True)
     for name in ("args.json", *CURVES, "result.json"):
         if (run_dir / name).exists():
-            shutil.copy(run_dir / name, published)
+            os.replace(shutil.copy(run_dir / name, published / f"{name}.tmp"), published / name)
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def measure_memory() -> None:
                 run.save_checkpoint()
                 pauses.append(time.perf_counter() - start)
         memory.sample(32)
-        full, size = pauses[capacity // frequency :], sum(path.stat().st_size for path in run.dir.glob("replay.*"))
+        full, size = pauses[capacity // frequency :], sum(path.stat().st_size for path in run.dir.glob("replay.*.bin"))
         print(f"replay files {size / 1e9:.2f} GB for {capacity:,} screens and {2 * frequency:,} spare places")
         print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
         print(f"pause of a checkpoint: median {np.median(full):.2f} s, longest {max(full):.2f} s")

@@ -43,7 +43,7 @@ FLAGS = [
 ]
 PLANE = ["mlp_regression.py", "--env-ids", "plane", "--seeds"]
 NAMES = ["plane__mlp_regression__1", "plane__mlp_regression__2"]
-CORES = len(os.sched_getaffinity(0))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
 PROBE = """
 import json, os, sys
 run_dir = os.path.join(*(sys.argv[sys.argv.index(flag) + 1] for flag in ("--runs-dir", "--run-name")))

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib
 import itertools
 import json
@@ -115,7 +116,7 @@ def test_a_finished_run(script: str, finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith("events")}
     assert names == {"args.json", "checkpoint.pt", "model.pt", "result.json"}
     result = json.loads((finished / "result.json").read_text())
-    sha256 = subprocess.run(["sha256sum", ROOT / f"{script}.py"], capture_output=True, text=True).stdout.split()[0]
+    sha256 = hashlib.sha256((ROOT / f"{script}.py").read_bytes()).hexdigest()
     assert (result["script"], result["script_sha256"], result["seed"], result["torch_threads"]) == (
         script,
         sha256,
@@ -515,11 +516,11 @@ def test_a_missing_replay_file_is_named(
     module = importlib.import_module(script)
     assert "; start anew" in message_of(module, flags, capsys, monkeypatch)
     for name in ("screens", "steps", "transitions"):
-        Path(f"runs/whole/replay.{name}").touch()
+        Path(f"runs/whole/replay.{name}.bin").touch()
     shutil.copytree("runs/whole", "runs/cut")  # the folder's lock goes with a process
     flags = [*SHORT[script], "--run-name", "cut", "--resume"]
     assert "it has another size" in message_of(module, flags, capsys, monkeypatch)
-    assert {path.stat().st_size for path in Path("runs/cut").glob("replay.*")} == {0}
+    assert {path.stat().st_size for path in Path("runs/cut").glob("replay.*.bin")} == {0}
 
 
 @pytest.mark.parametrize("script", FEW, indirect=True)
@@ -527,12 +528,12 @@ def test_a_folder_that_is_no_runs_is_left_alone(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("runs/other").mkdir(parents=True)
     for name in ("events.out.tfevents.1.host.1.0", "replay.mp4", "events.csv"):
-        Path("runs/other", name).write_text("mine")
-    flags = [*SHORT[script], "--run-name", "other", "--resume"]
-    assert "is no run's folder" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
-    assert [path.read_text() for path in Path("runs/other").iterdir()] == ["mine"] * 3
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, name).write_text("mine")
+        flags = [*SHORT[script], "--run-name", name, "--resume"]
+        assert "is no run's folder" in message_of(importlib.import_module(script), flags, capsys, monkeypatch)
+        assert Path("runs", name, name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
@@ -562,7 +563,7 @@ def test_space_is_taken_when_the_run_begins_or_it_leaves_nothing(script: str, tm
     module = importlib.import_module(script)
     run = module.Run(module.Args(runs_dir=tmp_path, device="cpu"), "space")
     run.map_file("frames", np.uint8, (100, 10_000))
-    assert (run.dir / "replay.frames").stat().st_blocks * 512 >= 1_000_000
+    assert (run.dir / "replay.frames.bin").stat().st_blocks * 512 >= 1_000_000
 
 
 @pytest.mark.parametrize("script", FEW, indirect=True)
@@ -575,6 +576,13 @@ def test_a_full_disk_loses_nothing_before_the_last_checkpoint(script: str, finis
     assert (tmp_path / "runs" / "full" / "checkpoint.pt").exists()
     assert run(script, *flags, cwd=tmp_path).returncode == 0
     assert_same_run(finished, tmp_path / "runs" / "full")
+
+
+@pytest.mark.parametrize("script", FEW, indirect=True)
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(script: str, tmp_path: Path) -> None:
+    result = run_interrupted("ENOSPC", "before", 1, script, *SHORT[script], cwd=tmp_path, function="fsync")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
@@ -689,11 +697,12 @@ BAD_EVERYWHERE = [
     ("--evaluate checkpoint.pt", "checkpoint.pt is missing, damaged, or no model of"),
     ("--run-name truncated --resume", "checkpoint.pt is missing, damaged"),
     ("--run-name other --resume", "checkpoint.pt is missing, damaged, or no checkpoint of"),
+    ("--run-name edited --resume", "args.json is missing, damaged, or no list of flags of"),
     ("--run-name whole --resume --learning-rate 0.5", "--learning-rate 0.5: runs/whole was started with"),
 ]
 BAD_OFF_POLICY = [
     ("--learning-starts 31 --batch-size 32", "--learning-starts 31"),
-    ("--total-timesteps 100000 --learning-starts 100001", "must be --batch-size <= --learning-starts <="),
+    ("--total-timesteps 100000 --learning-starts 100001", "--learning-starts 100001 <= --total-timesteps 100000"),
     ("--buffer-size 31 --batch-size 32", "--buffer-size 31"),
     ("--buffer-size 1000000000000 --total-timesteps 1000000000000", "give a smaller --buffer-size"),
 ]
@@ -715,7 +724,7 @@ def test_bad_input(
 ) -> None:
     """One line, exit status 2, nothing created and nothing changed."""
     monkeypatch.chdir(tmp_path)
-    for name in ("there", "truncated", "other", "whole"):
+    for name in ("there", "truncated", "other", "whole", "edited"):
         Path("runs", name).mkdir(parents=True)
     Path("file").touch()
     Path("dangling").symlink_to("nowhere")
@@ -728,6 +737,7 @@ def test_bad_input(
     shutil.copy("other.pt", "runs/other/checkpoint.pt")
     for name in ("truncated", "other", "whole"):
         shutil.copy(finished / "args.json", f"runs/{name}/args.json")
+    Path("runs/edited/args.json").write_text('{"seed": 1,}')
     given = [*(SHORT[script] if "--resume" in flags else ()), *flags.split()]
     before = {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert expected in message_of(importlib.import_module(script), given, capsys, monkeypatch)
