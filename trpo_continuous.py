@@ -428,6 +428,8 @@ def train(args: Args, run: Run) -> dict[str, object]:
     d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     # 1: initialise policy pi_theta and value function V_phi
     policy, value_function = Policy(d_obs, d_action).to(device), mlp(d_obs, 1, gain=1.0).to(device)
+    # theta is one vector's parts from the start, as after every step: torch's bits depend on where a matrix begins
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(policy.parameters()).detach(), policy.parameters())
     adam = torch.optim.Adam(value_function.parameters(), lr=args.learning_rate, fused=True)
     obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
 

@@ -178,6 +178,7 @@ STATEFUL = [
     ("dqn_atari", "--optimizer rmsprop --loss huber --train-frequency 13 --total-timesteps 200 --eval-episodes 0"),
     ("rainbow_atari", "--no-prioritised-replay --no-noisy-nets --n-step 1 --total-timesteps 200 --eval-episodes 0"),
     ("ddpg_continuous", "--checkpoint-frequency 0 --eval-frequency 300"),
+    ("trpo_continuous", "--num-envs 1 --num-steps 250 --num-minibatches 2 --eval-frequency 0"),
     ("q_learning", "--features tiles --learning-rate 0.3"),
     ("mlp_regression", "--optimizer sgd --restarts 1 --patience 5 --epochs 30 --eval-frequency 7"),
     ("mlp_regression", "--dataset sine --noise 0 --model rbf --hidden-sizes 4 --epochs 8"),
