@@ -21,7 +21,7 @@ weights, to the bit. The numbers recur in `train`, beside the code of each line.
      9      R = r_j + gamma r_{j+1} + ... and phi_{j+n} of n steps, fewer where it ends          --n-step (e)
         a* = argmax_a Q(phi_{j+n}, a) by the network, its distribution by the target network    --double-q (f)
         shrink it by gamma^n (to 0 at a terminal state), shift it by R, and project it onto the atoms
-    10      one gradient step on the mean of w_j times the cross-entropy, w_j ~ P(j)^-beta; p_j = that loss^0.5
+    10      one gradient step on the mean of w_j times the KL divergence, w_j ~ P(j)^-beta; p_j = that loss^0.5
     11      every C steps target network = network
 
 (a) Bellemare et al. 2017; (b) Wang et al. 2016; (c) Fortunato et al. 2018; (d) Schaul et al. 2016; (e) Sutton 1988;
@@ -31,8 +31,10 @@ Differs from the paper:
 - Steps are agent steps of four emulator frames; a screen is grey, the maximum of the last two, shrunk by area.
 - By default 1,000,000 steps, not 50,000,000. beta grows from step 1 to the run's last (DQN Zoo: from the first update).
 - A lost life is terminal, as theirs, but leaves its last screens in the next life's first observations.
-- As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and a transition's priority comes from
-  the cross-entropy, 100 at most; the paper's, from the KL divergence, which is less by the entropy of the target.
+- As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and the loss in a priority to 100.
+  (There it is the cross-entropy, which is more by the entropy of the target, and nearly the same for all.)
+- The noisy last layers' biases start at 0 (DQN Zoo's have no mu): from random ones on, one action would be the best in
+  every state, by more than the noise.
 - A transition with fewer than n steps ahead of it, before an end or the newest screen, is drawn with those it has. At
   the newest screen, and at a time limit, its target bootstraps: neither is a terminal state.
 - `--no-distributional` takes the squared error, whose root makes the priority; Schaul's is clipped to [-1, 1].
@@ -310,7 +312,10 @@ class RainbowNetwork(nn.Module):
         linear = functools.partial(NoisyLinear, sigma=args.noisy_sigma) if args.noisy_nets else nn.Linear
 
         def stream(size: int) -> nn.Sequential:
-            return nn.Sequential(linear(n_features, hidden), nn.ReLU(inplace=True), linear(hidden, size))
+            layers = nn.Sequential(linear(n_features, hidden), nn.ReLU(inplace=True), linear(hidden, size))
+            if args.noisy_nets:
+                nn.init.zeros_(layers[-1].mu.bias)
+            return layers
 
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
         self.advantage = stream(math.prod(self.output_shape))
@@ -490,7 +495,7 @@ class RainbowMemory(FrameMemory):
         """New priorities from losses, or absolute TD errors, (batch,), of the transitions at these places."""
         if self.tree:
             loss = np.fmin(loss.cpu().numpy().astype(np.float64), 100)  # as DQN Zoo does; nan too, which `log` tells of
-            priority = (loss + 1e-6) ** PRIORITY_EXPONENT
+            priority = (loss.clip(0) + 1e-6) ** PRIORITY_EXPONENT  # rounding may leave a divergence below 0
             self.tree.set(position, priority)
             self.largest = max(self.largest, priority.max().item())
 
@@ -538,10 +543,10 @@ def targets(
 
 
 def losses(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits and target, both (batch, 51), or squared error of values, (batch, 1): float32 (batch,)"""
+    """D_KL(target || softmax of outputs), both (batch, 51), or squared error of values, (batch, 1): float32 (batch,)"""
     if outputs.shape[1] == 1:
         return (outputs - target).squeeze(1) ** 2
-    return F.cross_entropy(outputs, target, reduction="none")
+    return F.kl_div(outputs.log_softmax(dim=1), target, reduction="none").sum(dim=1)
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
