@@ -549,7 +549,7 @@ def test_evaluation_plays_other_games_than_the_training(tmp_path: Path, monkeypa
         ("--env-id ALE/Pnog-v5", "did you mean ALE/Pong-v5"),
         ("--env-id Breakout", "ALE/Breakout-v5"),
         ("--env-id CartPole-v1", "--env-id CartPole-v1: no Atari game"),
-        ("--buffer-size 36", "--buffer-size >= 37"),
+        ("--buffer-size 36", "--buffer-size 36 >= 37"),
         ("--evaluate breakout.pt --env-id ALE/Pong-v5", "breakout.pt was started with ALE/Breakout-v5"),
         ("--evaluate breakout.pt --sticky-actions 0.25", "--sticky-actions 0.25: breakout.pt was started with 0.0"),
     ],
