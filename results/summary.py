@@ -294,7 +294,7 @@ def draw_together(environment: str, algorithms: dict[str, list[dict]], folder: P
     draw_curves(by_steps, algorithms, regression=False)
     draw_curves(by_hours, algorithms, regression=False, in_hours=True)
     by_steps.set(xlabel="steps", ylabel="return in training")
-    by_hours.set(xlabel="hours", xscale="log")
+    by_hours.set(xlabel="hours on its machine", xscale="log")
     by_hours.xaxis.set_major_formatter("{x:g}")
     by_hours.set_xlim(left=min(5e-3, by_hours.get_xlim()[1] / 10))
     figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
