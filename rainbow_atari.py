@@ -6,7 +6,7 @@
 
 Deep Q-learning with six tricks, each a flag: without them the listing is dqn_atari.py's, and with its defaults too
 (`--learning-rate 1e-4 --optimizer-eps 1e-8 --target-network-frequency 1000`) and `--max-grad-norm 1e9`, so are the
-weights, to the bit. The numbers recur in `train`, beside the code of each line.
+weights, bit for bit. The numbers recur in `train`, beside the code of each line.
 
      1  initialise replay memory D to capacity N
      2  initialise network with random weights: for each action the distribution of its return  --distributional (a)
@@ -16,12 +16,12 @@ weights, to the bit. The numbers recur in `train`, beside the code of each line.
      5      a_t = argmax_a Q(phi_t, a) under fresh noise in the weights of the heads            --noisy-nets (c)
      6      execute a_t, observe reward r_t and screen x_{t+1}
      7      phi_{t+1} = the last four screens, preprocessed; store (phi_t, a_t, sign of r_t, phi_{t+1}) in D
-     8      every fourth step: sample transitions j, P(j) ~ p_j, their last loss^0.5        --prioritised-replay (d)
-            (before the first, the largest p so far)
+     8      every fourth step: sample transitions j in proportion to p_j                    --prioritised-replay (d)
      9      R = r_j + gamma r_{j+1} + ... and phi_{j+n} of n steps, fewer where it ends          --n-step (e)
         a* = argmax_a Q(phi_{j+n}, a) by the network, its distribution by the target network    --double-q (f)
         shrink it by gamma^n (to 0 at a terminal state), shift it by R, and project it onto the atoms
-    10      one gradient step on the mean of w_j times the KL divergence, w_j ~ P(j)^-beta; p_j = that loss^0.5
+    10      one gradient step on the mean of w_j times the KL divergence, w_j in proportion to p_j^-beta
+        p_j = that KL divergence^0.5; a transition not drawn yet has the largest p so far
     11      every C steps target network = network
 
 (a) Bellemare et al. 2017; (b) Wang et al. 2016; (c) Fortunato et al. 2018; (d) Schaul et al. 2016; (e) Sutton 1988;
@@ -33,8 +33,8 @@ Differs from the paper:
 - A lost life is terminal, as theirs, but leaves its last screens in the next life's first observations.
 - As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and the loss in a priority to 100.
   (There it is the cross-entropy, which is more by the entropy of the target, and nearly the same for all.)
-- The noisy last layers' biases start at 0 (DQN Zoo's have no mu): from random ones on, one action would be the best in
-  every state, by more than the noise.
+- The noisy last layers' biases start at 0 (DQN Zoo's have no mu): with random ones, one action would be the best in
+  nearly every state, by more than the noise.
 - A transition with fewer than n steps ahead of it, before an end or the newest screen, is drawn with those it has. At
   the newest screen, and at a time limit, its target bootstraps: neither is a terminal state.
 - `--no-distributional` takes the squared error, whose root makes the priority; Schaul's is clipped to [-1, 1].
@@ -147,7 +147,7 @@ class Args:
     noisy_nets: bool = True
     """explore by noise in the weights, not by epsilon"""
     noisy_sigma: Positive = 0.5
-    """sigma_0: a layer's sigmas start at sigma_0 / sqrt(its inputs) (DQN Zoo: 0.1)"""
+    """sigma_0: sigmas start at sigma_0 / sqrt(a layer's inputs) (DQN Zoo, and the paper for noise from a CPU: 0.1)"""
     small_network: bool = False
     """two convolutions and 256 units, for short runs (van Hasselt et al. 2019), instead of DQN's three and 512"""
     start_e: Fraction = 1.0
@@ -276,7 +276,7 @@ def make_atari(args: Args, rng: np.random.Generator, video_dir: Path | None = No
 class NoisyLinear(nn.Module):
     """A linear layer whose weights and biases are mu + sigma * noise (Fortunato et al. 2018, section 3), drawn at every
     call: f(e_i) f(e_j) for the weight from input j to output i and f(e_i) for the bias, f(e) = sign(e) sqrt(|e|) of
-    normal e."""
+    normal e; the one factor multiplies the outputs, the other the inputs."""
 
     def __init__(self, n_inputs: int, n_outputs: int, sigma: float):
         super().__init__()
@@ -287,10 +287,7 @@ class NoisyLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(sum(self.mu.weight.shape), device=x.device)
         noise_out, noise_in = (noise.sign() * noise.abs().sqrt()).split(self.mu.weight.shape)
-        if len(x) == 1:  # two products, of one observation, take less time than a matrix of noise
-            return self.mu(x) + noise_out * self.sigma(noise_in * x)
-        weight = torch.addcmul(self.mu.weight, self.sigma.weight, torch.outer(noise_out, noise_in))
-        return F.linear(x, weight, torch.addcmul(self.mu.bias, self.sigma.bias, noise_out))
+        return self.mu(x) + noise_out * self.sigma(noise_in * x)
 
 
 class RainbowNetwork(nn.Module):
@@ -312,10 +309,10 @@ class RainbowNetwork(nn.Module):
         linear = functools.partial(NoisyLinear, sigma=args.noisy_sigma) if args.noisy_nets else nn.Linear
 
         def stream(size: int) -> nn.Sequential:
-            layers = nn.Sequential(linear(n_features, hidden), nn.ReLU(inplace=True), linear(hidden, size))
+            head = nn.Sequential(linear(n_features, hidden), nn.ReLU(inplace=True), linear(hidden, size))
             if args.noisy_nets:
-                nn.init.zeros_(layers[-1].mu.bias)
-            return layers
+                nn.init.zeros_(head[-1].mu.bias)  # no action is preferred from the start
+            return head
 
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
         self.advantage = stream(math.prod(self.output_shape))
@@ -460,7 +457,7 @@ class RainbowMemory(FrameMemory):
 
     def push(self, screen: np.ndarray, age: int = 0) -> None:
         super().push(screen, age)
-        if self.tree:  # what has just become too old
+        if self.tree:  # what has just become too old; when the ring is full for the first time, `oldest` leaps
             self.tree.set(np.arange(self.oldest - STACK, self.oldest) % self.slots, 0.0)
 
     def draw(self, batch_size: int) -> np.ndarray:
@@ -478,16 +475,17 @@ class RainbowMemory(FrameMemory):
         """
         position = self.draw(batch_size)
         ahead = self.steps[(position[:, None] + np.arange(self.n_step)) % self.slots]
-        inside = ahead["acted"]  # a window ends at an episode's last screen, at the newest, or after a terminal step
-        inside[:, 1:] &= np.logical_and.accumulate(ahead["acted"] & ~ahead["terminated"], axis=1)[:, :-1]
+        inside, going = np.empty(ahead.shape, bool), np.ones(batch_size, bool)
+        for k in range(self.n_step):  # a window ends at an episode's last screen, the newest, or after a terminal step
+            inside[:, k] = going = going & ahead["acted"][:, k]
+            going = going & ~ahead["terminated"][:, k]
         length = inside.sum(axis=1)
         reward = (inside * ahead["reward"] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
         discount = self.gamma**length * ~(inside & ahead["terminated"]).any(axis=1)
         priority = self.tree.levels[0].flat[position] if self.tree else np.ones(batch_size)
-        weight = (priority / priority.min()) ** -beta
+        weight = (priority / priority.min()) ** -beta  # (N P)^-beta over its maximum: N and the sum cancel
         action = torch.from_numpy(ahead["action"][:, 0].astype(np.int64)).to(self.device)
-        floats = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in (reward, discount, weight))
-        reward, discount, weight = floats
+        reward, discount, weight = torch.from_numpy(np.array([reward, discount, weight], np.float32)).to(self.device)
         obs, next_obs = (self._stack(place, 0) for place in (position, position + length))
         return position, (obs, action, reward, discount, next_obs, weight)
 
@@ -495,7 +493,7 @@ class RainbowMemory(FrameMemory):
         """New priorities from losses, or absolute TD errors, (batch,), of the transitions at these places."""
         if self.tree:
             loss = np.fmin(loss.cpu().numpy().astype(np.float64), 100)  # as DQN Zoo does; nan too, which `log` tells of
-            priority = (loss.clip(0) + 1e-6) ** PRIORITY_EXPONENT  # rounding may leave a divergence below 0
+            priority = (loss.clip(0) + 1e-6) ** PRIORITY_EXPONENT  # a divergence may be rounded to less than 0
             self.tree.set(position, priority)
             self.largest = max(self.largest, priority.max().item())
 
@@ -511,7 +509,7 @@ class RainbowMemory(FrameMemory):
 
 
 def project(atoms: torch.Tensor, probability: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Shares the probability of every atom among its two neighbours on the support (Bellemare et al. 2017, section 4).
+    """Shares the probability of every atom among its two neighbours on the support (Bellemare et al. 2017, eq. 7).
 
     atoms, of any value, clamped to the support's range, and probability: (batch, n); support: (n,), evenly spaced.
     Returns probabilities of the support, (batch, n).
@@ -574,10 +572,10 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
     if not run.restore(env=env, memory=memory, q_network=q_network, target_network=target_network, optimizer=optimizer):
         memory.push(env.reset(seed=args.seed)[0])
 
-    # 9, 10, called in the loop: a function, so that a GPU takes it as one CUDA graph
+    # Called in the loop; a function, so that a GPU takes it as one CUDA graph
     def update(*minibatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         obs, actions, rewards, discounts, next_obs, weights = minibatch
-        # 9: the target: double Q-learning, shrunk, shifted and projected
+        # 9, its second half: the target, by double Q-learning, shrunk, shifted and projected
         target = targets(rewards, discounts, next_obs, target_network, q_network if args.double_q else target_network)
         # 10: one gradient step
         outputs = q_network(obs)[torch.arange(args.batch_size, device=device), actions]
@@ -603,10 +601,10 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
             memory.push(env.reset()[0])
 
         if step >= args.learning_starts and step % args.train_frequency == 0:
-            # 8, 9: sample by priority, with the rewards of n steps
+            # 8, and 9 up to phi_{j+n}: sample by priority, with the rewards of n steps
             beta = linear_schedule(WEIGHT_EXPONENT, 1.0, args.total_timesteps, step)
             places, minibatch = memory.sample(args.batch_size, beta)
-            # 9, 10: one gradient step, and new priorities; of a squared error the root, |TD error|
+            # 10: one gradient step, and new priorities; of a squared error the root, |TD error|
             loss, q_value = update(*minibatch)
             memory.update(places, loss if args.distributional else loss.sqrt())
             run.log({"losses/td_loss": loss.mean(), "losses/q_values": q_value})

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 
@@ -19,3 +20,13 @@ def _handlers() -> Iterator[None]:
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Puts an environment in the place of a script's Atari games, in training and evaluation."""
+
+    def put(script: ModuleType, env: Callable) -> None:
+        monkeypatch.setattr(script, "make_atari", lambda args, rng, video_dir=None, **limits: env(rng))
+
+    return put

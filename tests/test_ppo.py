@@ -1,10 +1,9 @@
 """Tests of ppo_continuous.py and ppo_atari.py against independent oracles; each says what it compares with.
 
-What trpo_continuous.py shares with the first is the same to the letter; where its own loop uses it, it is tested too.
+What scripts share is the same to the letter (test_scripts.py), and tested in one; where a loop uses it, in each.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -58,9 +57,8 @@ def advantage_by_sums(reward, terminated, done, value, next_value, gamma, gae_la
     return advantage
 
 
-@both
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 1.0), (1.0, 0.0), (0.5, 0.5)])
-def test_gae_is_the_sum_over_whole_episodes(script: ModuleType, gamma: float, gae_lambda: float) -> None:
+def test_gae_is_the_sum_over_whole_episodes(gamma: float, gae_lambda: float) -> None:
     """With terminal states and time limits at every place: first, last, one after the other, both at once."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -68,17 +66,7 @@ def test_gae_is_the_sum_over_whole_episodes(script: ModuleType, gamma: float, ga
         terminated, truncated = rng.random((2, 9, 4)) < rng.choice([0.1, 0.5, 0.9])
         columns = reward, terminated.astype(np.float32), (terminated | truncated).astype(np.float32), value, next_value
         expected = advantage_by_sums(*columns, gamma, gae_lambda)
-        np.testing.assert_allclose(script.gae(*columns, gamma, gae_lambda), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_with_lambda_1_it_is_the_return_less_the_value() -> None:
-    """An episode of three rewards that is cut by a time limit, and one that ends."""
-    reward, value = np.float32([[1], [2], [4], [1], [2]]), np.float32([[10], [20], [30], [40], [50]])
-    next_value = np.float32([[20], [30], [100], [50], [7]])
-    terminated, done = np.float32([[0], [0], [0], [0], [1]]), np.float32([[0], [0], [1], [0], [1]])
-    advantage = ppo.gae(reward, terminated, done, value, next_value, 0.5, 1.0)
-    returns = [1 + 0.5 * 2 + 0.25 * 4 + 0.125 * 100, 2 + 0.5 * 4 + 0.25 * 100, 4 + 0.5 * 100, 1 + 0.5 * 2, 2]
-    np.testing.assert_allclose((advantage + value)[:, 0], returns)
+        np.testing.assert_allclose(ppo.gae(*columns, gamma, gae_lambda), expected, rtol=1e-4, atol=1e-5)
 
 
 class Count(gym.Env):
@@ -220,27 +208,25 @@ def test_screens_are_stacked_and_black_before_the_start() -> None:
 # --- The loss ---------------------------------------------------------------------------------------------------------
 
 
-@both
-def test_clipped_loss_by_hand(script: ModuleType) -> None:
+def test_clipped_loss_by_hand() -> None:
     """min(r A, clip(r) A) with eps 0.2: clipped where it would gain, never where it would lose; flat where clipped."""
     cases = [(1.5, 2.0, 1.2 * 2), (1.5, -2.0, -3.0), (0.5, 2.0, 1.0), (0.5, -2.0, -0.8 * 2), (1.1, 2.0, 2.2)]
     for ratio, advantage, expected in cases:
         log_ratio = torch.tensor([ratio]).log().requires_grad_()
-        loss = script.clipped_loss(log_ratio, torch.tensor([advantage]), 0.2)
+        loss = ppo.clipped_loss(log_ratio, torch.tensor([advantage]), 0.2)
         loss.backward()
         assert -loss.item() == pytest.approx(expected, rel=1e-5)
         assert (log_ratio.grad == 0).item() == (expected != pytest.approx(ratio * advantage))
 
 
-@both
-def test_diagnostics_by_hand(script: ModuleType) -> None:
+def test_diagnostics_by_hand() -> None:
     ratio = torch.tensor([1.0, 1.5, 0.7, 1.05])
     value, target = np.float32([[1], [2], [3]]), np.float32([[1], [2], [6]])
-    said = script.diagnostics(ratio.log(), 0.2, value, target)
+    said = ppo.diagnostics(ratio.log(), 0.2, value, target)
     assert said["losses/approx_kl"] == pytest.approx(np.mean([r - 1 - np.log(r) for r in ratio.numpy()]), rel=1e-4)
     assert said["losses/clipfrac"] == 0.5
     assert said["losses/explained_variance"] == pytest.approx(1 - np.var([0, 0, 3]) / np.var([1, 2, 6]))
-    constant = script.diagnostics(ratio.log(), 0.2, value, np.zeros_like(target))
+    constant = ppo.diagnostics(ratio.log(), 0.2, value, np.zeros_like(target))
     assert constant["losses/explained_variance"] == 0
 
 
@@ -382,8 +368,8 @@ def test_rewards_are_scaled_by_the_discounted_return() -> None:
 class Rollouts:
     """Of 16 steps in each of two environments, the statistics by numpy over all that was seen before."""
 
-    def __init__(self, policy: torch.nn.Module, rng: np.random.Generator):
-        self.policy, self.rng, Count.episodes = policy, rng, 0
+    def __init__(self, policy: torch.nn.Module, rng: np.random.Generator, gamma: float):
+        self.policy, self.rng, self.gamma, Count.episodes = policy, rng, gamma, 0
         self.envs, self.obs = [Count(), Count()], []
         for env in self.envs:  # as the wrapper does: one reset for the seed, one for the episode
             env.reset(seed=int(rng.integers(2**31)))
@@ -410,7 +396,7 @@ class Rollouts:
             after, reward, terminated, done = (np.array(column) for column in zip(*step, strict=True))
             rows.append((x, after, action, reward, terminated, done))
             self.raw.append(x)
-            self.carry = 0.99 * self.carry + reward
+            self.carry = self.gamma * self.carry + reward
             self.returns.append(self.carry)
             self.carry = np.where(done, 0, self.carry)
         x, after, action, reward, terminated, done = (np.array(column) for column in zip(*rows, strict=True))
@@ -421,7 +407,8 @@ class Rollouts:
 def test_two_iterations_by_hand(tmp_path: Path) -> None:
     """The whole training once more, with PyTorch's plain modules, distributions, Adam and clipping, in one function."""
     flags = {"num_envs": 2, "num_steps": 16, "num_minibatches": 4, "update_epochs": 3, "total_timesteps": 64}
-    flags |= {"ent_coef": 0.01, "learning_rate": 1e-2, "seed": 3}
+    flags |= {"ent_coef": 0.01, "learning_rate": 1e-2, "seed": 3, "gamma": 0.9, "gae_lambda": 0.8}
+    flags |= {"clip_coef": 0.1, "vf_coef": 0.3, "max_grad_norm": 0.2}
     run, Count.episodes = make_run(tmp_path, ppo, "Count-v0", **flags), 0
     trained = ppo.train(run.args, run)
 
@@ -429,32 +416,39 @@ def test_two_iterations_by_hand(tmp_path: Path) -> None:
     policy, value_function = ppo.Policy(1, 2), ppo.mlp(1, 1, gain=1.0)
     weights = [*policy.parameters(), *value_function.parameters()]
     adam = torch.optim.Adam(weights, lr=1e-2, eps=1e-5)
-    rollouts = Rollouts(policy, rng := np.random.default_rng(3))
+    rollouts, logged = Rollouts(policy, rng := np.random.default_rng(3), 0.9), []
     for iteration in range(2):
         s, s_after, a, reward, terminated, done = rollouts.next()
         with torch.no_grad():
             old = torch.distributions.Normal(policy.mean(s), policy.log_std.exp()).log_prob(a).sum(-1)
         for _ in range(3):
             value, next_value = (value_function(o)[..., 0].detach().numpy() for o in (s, s_after))
-            advantage = advantage_by_sums(reward, terminated, done, value, next_value, 0.99, 0.95)
+            advantage = advantage_by_sums(reward, terminated, done, value, next_value, 0.9, 0.8)
             advantage, target = (torch.from_numpy(v).float() for v in (advantage, advantage + value))
             for index in np.split(rng.permutation(32), 4):
                 i, j = torch.from_numpy(index // 2), torch.from_numpy(index % 2)
                 gaussian = torch.distributions.Normal(policy.mean(s[i, j]), policy.log_std.exp())
                 ratio = torch.exp(gaussian.log_prob(a[i, j]).sum(-1) - old[i, j])
                 gain = (advantage[i, j] - advantage[i, j].mean()) / (advantage[i, j].std() + 1e-8)
-                surrogate = torch.min(ratio * gain, torch.clip(ratio, 0.8, 1.2) * gain).mean()
+                surrogate = torch.min(ratio * gain, torch.clip(ratio, 0.9, 1.1) * gain).mean()
                 error = ((value_function(s[i, j])[:, 0] - target[i, j]) ** 2).mean()
-                loss = -surrogate + 0.5 * error / 2 - 0.01 * gaussian.entropy().sum(-1).mean()
+                entropy = gaussian.entropy().sum(-1).mean()
                 adam.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(weights, 0.5)
+                (-surrogate + 0.3 * error / 2 - 0.01 * entropy).backward()
+                torch.nn.utils.clip_grad_norm_(weights, 0.2)
                 adam.step()
+        kl, outside = (ratio - 1 - ratio.log()).mean(), ((ratio < 0.9) | (ratio > 1.1)).float().mean()
+        logged.append([x.item() for x in (-surrogate, error / 2, entropy, kl, outside)] + [adam.param_groups[0]["lr"]])
         adam.param_groups[0]["lr"] = 1e-2 * (1 - (iteration + 1) / 2)
     assert trained["obs_moments"].count == 64
     np.testing.assert_allclose(trained["obs_moments"].mean, [np.mean(rollouts.raw)])
     for ours, theirs in zip(trained["policy"].parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
+    run.writer.flush()
+    tags = [f"losses/{name}" for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")]
+    said = [[value for _, value in scalars(run.dir, tag)] for tag in [*tags, "charts/learning_rate"]]
+    np.testing.assert_allclose(said, np.transpose(logged), rtol=1e-2, atol=1e-4)
+    assert 0 < outside < 1
 
 
 def test_the_environment_gets_clipped_actions_within_its_bounds(tmp_path: Path) -> None:
@@ -495,7 +489,7 @@ def test_it_learns_to_hit_what_it_sees(tmp_path: Path) -> None:
     before = model["obs_moments"].state_dict()
     states = {name: part.state_dict() for name, part in model.items()}
     figures = ppo.evaluate(run.args, states, torch.device("cpu"), None)
-    assert figures["eval_return_mean"] > -1.5
+    assert figures["eval_return_mean"] > -0.5  # without the statistics of observations it would be 1 less
     assert figures == ppo.evaluate(run.args, states, torch.device("cpu"), None)
     assert all(np.array_equal(value, before[name]) for name, value in model["obs_moments"].state_dict().items())
 
@@ -526,13 +520,3 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     assert expected in message_of(script, flags.split(), capsys, monkeypatch)
     assert not list(tmp_path.glob("runs/*"))
-
-
-@both
-def test_no_environments_at_all(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", "--num-envs", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        script.main()
-    assert "--num-envs" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -173,16 +173,17 @@ def test_draws_and_weights_follow_priorities() -> None:
     assert memory.tree.levels[0].flat[:101] == pytest.approx(1e-3)  # (0 + 1e-6)^0.5
     memory.append(0, 0.0, False, shade(102))
     assert memory.tree.levels[0].flat[101] == pytest.approx(2.0, rel=1e-6)  # also when it is there no more
+    memory.update(np.arange(1), torch.tensor([400.0]))
+    assert memory.tree.levels[0].flat[0] == pytest.approx(10.0)  # of a loss clipped to 100
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_noisy_layer_is_the_papers(rows: int) -> None:
+def test_noisy_layer_is_the_papers() -> None:
     """Against a matrix of noise made by loops from the same normal draws; other noise at every call."""
     torch.manual_seed(1)
-    layer, x = rainbow.NoisyLinear(5, 3, sigma=0.4), torch.randn(rows, 5)
+    layer, x = rainbow.NoisyLinear(5, 3, sigma=0.4), torch.randn(2, 5)
     assert (layer.sigma.weight == 0.4 / math.sqrt(5)).all()
     assert (layer.sigma.bias == 0.4 / math.sqrt(5)).all()
     assert all(parameter.abs().max() <= 1 / math.sqrt(5) for parameter in layer.mu.parameters())
@@ -230,6 +231,7 @@ def test_sizes_are_the_papers() -> None:
     assert shapes() == [*convolutions, (512, 3136), (306, 512), (512, 3136), (51, 512)]
     small = [(32, 4, 5, 5), (64, 32, 5, 5), (256, 576), (306, 256), (256, 576), (51, 256)]
     assert shapes(small_network=True) == small
+    assert rainbow.RainbowNetwork(6, rainbow.Args(noisy_sigma=0.3)).value[0].sigma.weight[0, 0] == 0.3 / 3136**0.5
 
 
 # --- The update -------------------------------------------------------------------------------------------------------
@@ -318,26 +320,16 @@ def test_the_noise_explores_before_anything_is_learnt() -> None:
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Puts an environment in the place of Atari's, in training and evaluation."""
-
-    def put(env: type[gym.Env]) -> None:
-        monkeypatch.setattr(rainbow, "make_atari", lambda args, rng, video_dir=None, **limits: env(rng))
-
-    return put
-
-
 def make_run(tmp_path: Path, **flags: object) -> rainbow.Run:
     args = rainbow.Args(runs_dir=tmp_path, run_name="it", device="cpu", small_network=True, **flags)
     return rainbow.Run(args, rainbow.check(args))
 
 
-def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """beta at every update, against its line; weighted mean and clipped norm of the gradient, against Adam's input;
-    three draws of noise in an update and one in an action for each of four layers, by the CPU's generator."""
-    play(Catch)
-    betas, draws, norms = [], [0], []
+def test_what_the_loop_does(tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """beta at every update, by its line; the gradient's clipped norm, by what Adam gets; three draws of noise in
+    an update and one in an action for each of four layers; and flags where they are used."""
+    play(rainbow, Catch)
+    betas, draws, norms, given_in = [], [0], [], set()
     sample, randn, step = rainbow.RainbowMemory.sample, torch.randn, torch.optim.Adam.step
 
     def count(*size: int, **options: object) -> torch.Tensor:
@@ -346,25 +338,33 @@ def test_what_the_loop_does(tmp_path: Path, play: object, monkeypatch: pytest.Mo
 
     def watch(optimizer: torch.optim.Adam) -> None:
         norms.append(sum((p.grad**2).sum().item() for p in optimizer.param_groups[0]["params"]) ** 0.5)
+        given_in.add((optimizer.defaults["lr"], optimizer.defaults["eps"]))
         step(optimizer)
 
-    monkeypatch.setattr(rainbow.RainbowMemory, "sample", lambda m, n, beta: betas.append(beta) or sample(m, n, beta))
+    def watch_sample(memory: rainbow.RainbowMemory, size: int, beta: float) -> tuple:
+        betas.append(beta)
+        given_in.add((memory.n_step, memory.gamma, memory.capacity, size))
+        return sample(memory, size, beta)
+
+    monkeypatch.setattr(rainbow.RainbowMemory, "sample", watch_sample)
     monkeypatch.setattr(torch, "randn", count)
     monkeypatch.setattr(torch.optim.Adam, "step", watch)
     flags = {"total_timesteps": 60, "learning_starts": 40, "batch_size": 8, "train_frequency": 5, "max_grad_norm": 0.1}
+    flags |= {"n_step": 2, "gamma": 0.7, "buffer_size": 50, "learning_rate": 0.03, "optimizer_eps": 0.02}
     run = make_run(tmp_path, **flags)
     rainbow.train(run.args, run)
     run.writer.close()
     assert betas == pytest.approx([0.4 + 0.6 * at / 60 for at in (40, 45, 50, 55, 60)])
     assert draws[0] == 4 * (60 + 3 * 5)
     assert norms == pytest.approx([0.1] * 5, rel=1e-3)
+    assert given_in == {(0.03, 0.02), (2, 0.7, 50, 8)}
 
 
 @pytest.mark.parametrize("distributional", [True, False])
-def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, new priorities and logged values of three updates, against the weighted mean written out, with weights
     of our own."""
-    play(Catch)
+    play(rainbow, Catch)
     sample, targets = rainbow.RainbowMemory.sample, rainbow.targets
     step, update = torch.optim.Adam.step, rainbow.RainbowMemory.update
     now, seen = {}, []
@@ -422,9 +422,9 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: object, mon
     assert len(seen) == 3
 
 
-def test_it_learns_to_catch(tmp_path: Path, play: object) -> None:
+def test_it_learns_to_catch(tmp_path: Path, play: Callable) -> None:
     """The script's own loop, network, replay and update reach a near-perfect score from screens, all tricks on."""
-    play(Catch)
+    play(rainbow, Catch)
     flags = {"total_timesteps": 1000, "learning_starts": 100, "gamma": 0.9, "train_frequency": 2, "batch_size": 16}
     flags |= {"learning_rate": 2e-3, "optimizer_eps": 1e-6, "target_network_frequency": 50, "noisy_sigma": 0.1}
     run = make_run(tmp_path, **flags, checkpoint_frequency=0, eval_episodes=60)

@@ -9,7 +9,6 @@ import importlib
 import itertools
 import json
 import os
-import random
 import re
 import resource
 import runpy
@@ -44,7 +43,7 @@ from common import run_until_killed as kill
 
 LINE = "# === The run: the same in every script "
 agents_only = pytest.mark.parametrize("script", AGENTS, indirect=True)
-FEW = ["ddpg_continuous", "mlp_regression"]  # where only what is the same in every script is at stake
+few_only = pytest.mark.parametrize("script", FEW := ["ddpg_continuous", "mlp_regression"], indirect=True)  # for the run
 off_policy_only = pytest.mark.parametrize("script", OFF_POLICY, indirect=True)
 
 
@@ -156,12 +155,12 @@ def test_another_seed_is_another_run(script: str, tmp_path: Path) -> None:
 
 
 def test_killed_at_the_worst_moments_it_resumes_to_the_bit(script: str, finished: Path, tmp_path: Path) -> None:
-    """Killed right before or after a file gets its name: args.json, checkpoints, model.pt, result.json; and at random.
+    """Killed right before or after a file gets its name: args.json, checkpoints, model.pt, result.json.
 
     Before the name of a checkpoint, what was logged since the one before is on the disk already, and is logged again.
     """
     run_dir, flags = tmp_path / "runs" / "killed", [*SHORT[script], "--run-name", "killed", "--resume"]
-    moments = [("before", 1), ("before", 4), ("after", random.randint(1, 2))]
+    moments = [("before", 1), ("before", 4), ("after", 2)]
     moments += [("before", "model.pt"), ("before", "result.json"), ("after", "result.json")]
     for moment, call in moments:
         kill(script, moment, call, *flags, cwd=tmp_path)
@@ -197,7 +196,7 @@ def test_other_flags_resume_to_the_bit_too(script: str, flags: str, tmp_path: Pa
 CARDS = []
 if torch.version.cuda and shutil.which("nvidia-smi"):
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
     CARDS = found.stdout.splitlines() if found.returncode == 0 else []
 
 
@@ -365,15 +364,68 @@ def test_speed_is_told_from_the_first_update_on_and_without_pauses(
     assert dict(scalars(tmp_path / "it", "charts/SPS")) == speeds
 
 
-def test_a_numpy_reward_loads_again(tmp_path: Path) -> None:
+def test_the_last_100_returns_are_kept_and_load_again(tmp_path: Path) -> None:
+    """Though rewards are NumPy's."""
     module, run = importlib.import_module("q_learning"), mock.Mock(counted=0, progress={"episodes": {}, "returns": []})
     module.Run.count_reward(run, np.float64(1.5), False)
-    module.Run.count_reward(run, np.float32(2), True, env=1)
+    for i in range(150):
+        module.Run.count_reward(run, np.float32(i), True, env=1)
     torch.save(run.progress, tmp_path / "progress.pt")
     progress = torch.load(tmp_path / "progress.pt", weights_only=True)
-    assert progress == {"episodes": {0: (1.5, 1)}, "returns": [2.0]}
+    assert progress == {"episodes": {0: (1.5, 1)}, "returns": [float(i) for i in range(50, 150)]}
 
 
+def test_a_checkpoint_is_on_the_disk_after_all_that_it_refers_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut needs: events and replay, the checkpoint under a temporary name, its name, and its folder."""
+    module, order, fsync, replace = importlib.import_module("ddpg_continuous"), [], os.fsync, os.replace
+    run = module.Run(module.Args(runs_dir=tmp_path, run_name="it", device="cpu"), "it")
+    run.map_file("transitions", np.float32, (3,))
+    run.restore()
+
+    def synced(file: object) -> None:
+        order.append(os.fstat(file if isinstance(file, int) else file.fileno()).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: order.append(Path(new).name) or replace(old, new))
+    run.save_checkpoint()
+    referred = {path.stat().st_ino for pattern in ("events*", "replay*") for path in run.dir.glob(pattern)}
+    assert (len(referred), set(order[:2])) == (2, referred)
+    assert order[2:] == [(run.dir / "checkpoint.pt").stat().st_ino, "checkpoint.pt", run.dir.stat().st_ino]
+
+
+def test_signals_that_are_ignored_stay_so_and_a_second_one_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup; and where a step hangs, but not for two signals within a second."""
+    module, run, clock = importlib.import_module("q_learning"), mock.Mock(stopping=0.0, evaluating=False), [100.0]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    module.on_signals(run.stop)
+    assert [signal.getsignal(s) for s in (signal.SIGHUP, signal.SIGTERM)] == [signal.SIG_IGN, run.stop]
+    raised = mock.Mock()
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(module.signal, "raise_signal", raised)
+    for clock[0], count in ((100.0, 0), (100.5, 0), (102.0, 1)):
+        module.Run.stop(run, signal.SIGTERM, None)
+        assert raised.call_count == count
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("script", "frequency"), [("rainbow_atari", "0"), ("mlp_regression", "7")], indirect=["script"]
+)
+def test_evaluation_changes_nothing_in_training(script: str, frequency: str, finished: Path, tmp_path: Path) -> None:
+    """Rainbow's noise and regression's shuffling are torch's draws; with evaluations or without, all is the same."""
+    flags = [*SHORT[script], "--eval-frequency", frequency, "--run-name", "other"]
+    assert run(script, *flags, cwd=tmp_path).returncode == 0
+    dirs = finished, tmp_path / "runs" / "other"
+    ours, other = (torch.load(run_dir / "checkpoint.pt", weights_only=True) for run_dir in dirs)
+    assert all(same(ours[name], other[name]) for name in ("parts", "rng", "torch_rng"))
+    counts = [[len(points) for tag, points in curves(d).items() if tag.startswith("scalar eval/")] for d in dirs]
+    assert counts[0] != counts[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS has none")
 @pytest.mark.parametrize("script", ["ddpg_continuous"], indirect=True)
 def test_a_signal_before_the_training_leaves_nothing(script: str, tmp_path: Path) -> None:
     flags = [*SHORT[script], "--run-name", "early"]
@@ -389,7 +441,6 @@ def test_a_signal_ends_an_evaluation_at_once(
     """One that would go on for ever; the run goes on from the checkpoint before it, and evaluates again."""
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(script)
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     flags = [*SHORT[script], "--total-timesteps", "400", "--eval-frequency", "200", "--resume"]
 
     def evaluate_for_ever(*_: object) -> None:
@@ -402,8 +453,6 @@ def test_a_signal_ends_an_evaluation_at_once(
         patch.setattr(module, "evaluate", evaluate_for_ever)
         with pytest.raises(SystemExit, match="130"):
             module.main()
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["progress"]["step"] == (
         256 if "po_" in script else 200
     )
@@ -415,14 +464,13 @@ def test_a_signal_ends_an_evaluation_at_once(
     assert_same_run(Path("runs/unlocked"), Path("runs/whole"))
 
 
+@few_only
 def test_a_finished_run_is_left_alone_and_other_flags_are_refused(
     script: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each call has a copy, for a process keeps the lock of a folder."""
     monkeypatch.chdir(tmp_path)
-    module, another = (
-        importlib.import_module(name) for name in (script, {"dqn_atari": "ddpg_continuous"}.get(script, "dqn_atari"))
-    )
+    module, another = (importlib.import_module(name) for name in (script, "dqn_atari"))
     length = "--total-timesteps" if script in AGENTS else "--epochs"
     given = {"seed": ["--seed", "7"], "length": [length, "5000"], "script": [], "same": []}
     for name, flags in given.items():
@@ -476,6 +524,7 @@ def test_an_evaluation_ends_where_an_episode_does_not(
     assert taken[0] > taken[1] > taken[2]
 
 
+@few_only
 def test_one_process_at_a_time_has_the_folder(
     script: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +546,7 @@ def test_one_process_at_a_time_has_the_folder(
     os.close(descriptor)
 
 
+@few_only
 def test_names_of_runs_never_collide(script: str, tmp_path: Path) -> None:
     """Started at once from a shell loop."""
     module = importlib.import_module(script)
@@ -524,7 +574,7 @@ def test_a_missing_replay_file_is_named(
     assert {path.stat().st_size for path in Path("runs/cut").glob("replay.*.bin")} == {0}
 
 
-@pytest.mark.parametrize("script", FEW, indirect=True)
+@few_only
 def test_a_folder_that_is_no_runs_is_left_alone(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +600,7 @@ def test_another_version_or_number_of_threads_is_said(script: str, finished: Pat
     assert result.returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS has none")
 @off_policy_only
 def test_space_is_taken_when_the_run_begins_or_it_leaves_nothing(script: str, tmp_path: Path) -> None:
     """Files may have 1 MB here: one line, and no folder that would be in the way. Else every block is there."""
@@ -567,7 +618,7 @@ def test_space_is_taken_when_the_run_begins_or_it_leaves_nothing(script: str, tm
     assert (run.dir / "replay.frames.bin").stat().st_blocks * 512 >= 1_000_000
 
 
-@pytest.mark.parametrize("script", FEW, indirect=True)
+@few_only
 def test_a_full_disk_loses_nothing_before_the_last_checkpoint(script: str, finished: Path, tmp_path: Path) -> None:
     flags = [*SHORT[script], "--run-name", "full", "--resume"]
     result = run_interrupted("ENOSPC", "before", 9, script, *flags, cwd=tmp_path, function="fsync")
@@ -579,7 +630,7 @@ def test_a_full_disk_loses_nothing_before_the_last_checkpoint(script: str, finis
     assert_same_run(finished, tmp_path / "runs" / "full")
 
 
-@pytest.mark.parametrize("script", FEW, indirect=True)
+@few_only
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(script: str, tmp_path: Path) -> None:
     result = run_interrupted("ENOSPC", "before", 1, script, *SHORT[script], cwd=tmp_path, function="fsync")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
@@ -630,6 +681,7 @@ def test_weights_and_biases(tmp_path: Path) -> None:
     assert list(run_dir.glob(f"wandb/offline-run-*-{drawn}/run-{drawn}.wandb"))
 
 
+@few_only
 def test_weights_and_biases_not_installed(
     script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -711,7 +763,12 @@ BAD_OFF_POLICY = [
 
 @pytest.mark.parametrize(
     ("script", "flags", "expected"),
-    [(script, *case) for script in SHORT for case in BAD_EVERYWHERE + BAD_OFF_POLICY * (script in OFF_POLICY)],
+    [
+        (s, *bad)
+        for names, cases in ((FEW, BAD_EVERYWHERE), (OFF_POLICY, BAD_OFF_POLICY))
+        for s in names
+        for bad in cases
+    ],
     indirect=["script"],
 )
 def test_bad_input(
@@ -745,7 +802,7 @@ def test_bad_input(
     assert {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("script", ["ddpg_continuous", "mlp_regression"], indirect=True)
+@few_only
 def test_more_memory_than_there_is(
     script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -756,11 +813,19 @@ def test_more_memory_than_there_is(
     assert not list(tmp_path.glob("runs/*"))
 
 
-BOUNDS = ["--seed -1", "--seed 9999999999999999999999", "--learning-rate 0", "--learning-rate nan"]
-BOUNDS += ["--checkpoint-frequency -1", "--device tpu"]
+BOUNDS = ["--seed -1", "--seed 9999999999999999999999", "--learning-rate nan", "--checkpoint-frequency -1"]
+BOUNDS = [*itertools.product(FEW, [*BOUNDS, "--device tpu"]), *itertools.product(SHORT, ["--learning-rate 0"])]
+BOUNDS += [("dqn_atari", flags) for flags in ("--train-frequency 0", "--sticky-actions 25", "--loss mae")]
+BOUNDS += [
+    ("dqn_atari", "--exploration-fraction nan"),
+    ("ppo_atari", "--num-envs 0"),
+    ("ppo_continuous", "--num-envs 0"),
+]
+BOUNDS += [("ddpg_continuous", f) for f in ("--tau 1.5", "--exploration-noise -1")]
+BOUNDS += [("ddpg_continuous", f) for f in ("--hidden-sizes 0 1", "--hidden-sizes 8")]
 
 
-@pytest.mark.parametrize("flags", BOUNDS)
+@pytest.mark.parametrize(("script", "flags"), BOUNDS, indirect=["script"])
 def test_flags_out_of_their_bounds(
     script: str, flags: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -782,6 +847,7 @@ def test_help_shows_bounds(script: str, capsys: pytest.CaptureFixture, monkeypat
     assert "FLOAT > 0" in said
 
 
+@few_only
 def test_other_systems_get_a_line(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -815,11 +881,13 @@ def test_same_names_mean_same_source() -> None:
 
     A class may lack methods that it has elsewhere.
     """
-    own = {"Args", "train", "evaluate", "check"}
+    own = {"Args", "train", "evaluate", "check", "LOG_FREQUENCY", "EVAL_MAX_FRAMES"}
     sources, flags = defaultdict(set), defaultdict(set)
     for name in SCRIPTS:
         text = source(name).split(LINE)[0]
         for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and (constant := ast.unparse(node.targets[0])) not in own:
+                sources[constant, "value"].add(ast.unparse(node.value))
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in own:
                 for part in [*node.bases, *node.body] if isinstance(node, ast.ClassDef) else [node]:
                     first = min(x.lineno for x in [part, *getattr(part, "decorator_list", [])])

@@ -11,7 +11,7 @@ from test_ppo import Count, Rollouts, advantage_by_sums, make_run
 
 import trpo_continuous as trpo
 
-ARGS = trpo.Args(cg_steps=200, target_kl=1e-6, cg_damping=0.1, line_search_shrink=0.7, line_search_steps=4)
+ARGS = trpo.Args(cg_steps=150, target_kl=1e-6, cg_damping=0.1, line_search_shrink=0.7, line_search_steps=4)
 
 
 def make_step(seed: int = 0) -> tuple:
@@ -76,6 +76,7 @@ def test_fisher_products_are_those_of_the_dense_matrix(monkeypatch: pytest.Monke
     original, kl = trpo.conjugate_gradients, trpo.gaussian_kl
 
     def spy(product: Callable, g: torch.Tensor, steps: int) -> torch.Tensor:
+        assert steps == 150
         seen.append(torch.stack([product(unit) for unit in torch.eye(len(g), dtype=torch.float64)]))
         return original(product, g, steps)
 
@@ -182,17 +183,18 @@ def test_in_a_whole_run_no_step_leaves_the_trust_region(tmp_path: Path, monkeypa
 def test_two_iterations_by_hand(tmp_path: Path) -> None:
     """The whole training once more, but for lines 5 to 8, as PPO's."""
     flags = {"num_envs": 2, "num_steps": 16, "num_minibatches": 4, "update_epochs": 3, "total_timesteps": 64}
-    run, Count.episodes = make_run(tmp_path, trpo, "Count-v0", **flags, learning_rate=1e-2, seed=3), 0
+    flags |= {"learning_rate": 1e-2, "seed": 3, "gamma": 0.9, "gae_lambda": 0.8}
+    run, Count.episodes = make_run(tmp_path, trpo, "Count-v0", **flags), 0
     trained = trpo.train(run.args, run)
 
     torch.manual_seed(3)
     policy, value_function = trpo.Policy(1, 2), trpo.mlp(1, 1, gain=1.0)
     adam = torch.optim.Adam(value_function.parameters(), lr=1e-2)
-    rollouts, explained, entropy = Rollouts(policy, rng := np.random.default_rng(3)), [], []
+    rollouts, logged = Rollouts(policy, rng := np.random.default_rng(3), 0.9), []
     for _ in range(2):
         s, s_after, a, reward, terminated, done = rollouts.next()
         value, next_value = (value_function(o)[..., 0].detach().numpy() for o in (s, s_after))
-        advantage = advantage_by_sums(reward, terminated, done, value, next_value, 0.99, 0.95)
+        advantage = advantage_by_sums(reward, terminated, done, value, next_value, 0.9, 0.8)
         gain, target = (torch.from_numpy(v).float().flatten() for v in (advantage, advantage + value))
         gain, s = (gain - gain.mean()) / (gain.std() + 1e-8), s.flatten(0, 1)
         trpo.trust_region_step(policy, s, a.flatten(0, 1), gain, run.args)
@@ -202,14 +204,14 @@ def test_two_iterations_by_hand(tmp_path: Path) -> None:
                 adam.zero_grad()
                 error.backward()
                 adam.step()
-        explained.append(1 - np.var(advantage) / np.var(advantage + value))
-        entropy.append(torch.distributions.Normal(0, policy.log_std.detach().exp()).entropy().sum().item())
+        entropy = torch.distributions.Normal(0, policy.log_std.detach().exp()).entropy().sum().item()
+        logged.append([1 - np.var(advantage) / np.var(advantage + value), entropy, error.item()])
     ours = [*trained["policy"].parameters(), *run.parts["value_function"].parameters()]
     for one, other in zip(ours, [*policy.parameters(), *value_function.parameters()], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=5e-5)
     np.testing.assert_allclose(trained["obs_moments"].mean, [np.mean(rollouts.raw)])
     run.writer.flush()
-    for tag, expected in (("explained_variance", explained), ("entropy", entropy)):
+    for tag, expected in zip(("explained_variance", "entropy", "value_loss"), np.transpose(logged), strict=True):
         np.testing.assert_allclose([value for _, value in scalars(run.dir, f"losses/{tag}")], expected, rtol=1e-3)
 
 
