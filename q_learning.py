@@ -178,9 +178,10 @@ class Repeatable(gym.Wrapper):
 
     def take(self, obs: object, reward: object = 0.0, action: object = None) -> float:
         """Keeps the observation and returns the reward; ends the program where they are not numbers as they must be."""
-        self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64)
+        with np.errstate(over="ignore"):
+            self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64)
         shaped = self.obs.shape == self.observation_space.shape and reward.size == 1
-        if not (shaped and np.isfinite(self.obs).all() and math.isfinite(reward.item())):
+        if not (shaped and np.isfinite(self.obs).all() and abs(reward.item()) < 1e38):  # float32 holds no more
             when = "on reset" if action is None else f"and reward {reward} for action {action}"
             must = f"must be {self.observation_space.shape[0]} finite numbers" + " and one" * (action is not None)
             fail(f"--env-id {self.spec.id}: gave observation {self.obs} {when}; {must}")
@@ -545,13 +546,13 @@ def check_same_flags(args: Args, started: dict, free: set[str], path: Path) -> N
             fail(f"--{name.replace('_', '-')} {now[name]}: {path} was started with {started[name]}{why}")
 
 
-def save(path: Path, content: dict) -> None:
-    """Writes a .json or .pt file whole or not at all, also through a power cut: temporary name, fsync, rename."""
+def save(path: Path, content: dict | str) -> None:
+    """Writes a .json, .pt or text file whole or not at all, also through a power cut: temporary name, fsync, rename."""
     buffer, temporary = io.BytesIO(), Path(f"{path}.tmp")
     if path.suffix == ".pt":
         torch.save(content, buffer)  # to memory, for on a full disk its errors are no OSErrors
     else:
-        buffer.write(json.dumps(content, indent=2, default=str).encode())
+        buffer.write((content if isinstance(content, str) else json.dumps(content, indent=2, default=str)).encode())
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -581,7 +582,8 @@ def load(path: Path, kind: str) -> dict:
 def progress_bar(steps: range, **options: object) -> tqdm:
     """Tells on standard output how many of the steps are done: a bar in a terminal, else a line a minute."""
     line = {"mininterval": 60, "miniters": 1, "bar_format": "{desc}{n} of {total}, {rate_fmt}{postfix}\n"}
-    return tqdm(steps, file=sys.stdout, position=0, **({} if sys.stdout.isatty() else line), **options)
+    options |= {} if sys.stdout and sys.stdout.isatty() else line
+    return tqdm(steps, file=sys.stdout, disable=sys.stdout is None, position=0, **options)  # None: closed
 
 
 def on_signals(handler: Callable) -> None:
@@ -617,7 +619,8 @@ class Run:
         except OSError as error:  # any other than this one is of a file system without locks
             if isinstance(error, BlockingIOError):
                 fail(f"--run-name {name}: another process is training in {self.dir}")
-        foreign = [path.name for path in self.dir.iterdir() if not re.match(r"args\.json|replay\.\w+\.bin$", path.name)]
+        ours = r"args\.json(\.tmp)?|replay\.\w+\.bin"
+        foreign = [path.name for path in self.dir.iterdir() if not re.fullmatch(ours, path.name)]
         if (self.dir / "args.json").exists():
             check_same_flags(args, load(self.dir / "args.json", "list of flags"), FREE, self.dir)
         elif foreign:
@@ -861,14 +864,17 @@ def main() -> None:
         words = [f"{name} {value:.6g}" for name, value in figures.items()]
         print(f"{args.evaluate or run.dir}: {', '.join(words) or 'done'}")
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: of `| tee`, by the same Ctrl-C
-        named = any(re.match("--run[-_]name", word) for word in sys.argv)
+        named = re.search(rf"--run[-_]name[= ]{re.escape(args.run_name)}( |$)", " ".join(sys.argv))
         more = ["--run-name", args.run_name] * (not named) + ["--resume"] * (not args.resume)
-        line = shlex.join([sys.executable, *sys.argv, *more])
+        env = [f"{n}={shlex.quote(os.environ[n])}" for n in ("OMP_NUM_THREADS", "PYTHONPATH") if n in os.environ]
+        line = " ".join([*env, shlex.join([sys.executable, *sys.argv, *more])])
         print("\nstopped" + f"; go on with: {line}" * (run is not None), file=sys.stderr)
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         fail(f"there is no module {error.name} here; pip install {error.name} (but for fcntl, use Linux or macOS)")
     except (MemoryError, RuntimeError) as error:  # NumPy's; torch's
+        if "loading state_dict" in str(error):
+            fail(f"{args.evaluate or run.dir} does not fit this script's networks or the environment's spaces: {error}")
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
         fail(f"out of memory: {error}")
@@ -876,7 +882,8 @@ def main() -> None:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise  # an environment's own
         hint = "; --resume goes on from the last checkpoint" if run and (run.dir / "checkpoint.pt").exists() else ""
-        fail(f"{error.filename or args.runs_dir}: {error.strerror}{hint}")
+        folder = args.evaluate.parent if args.evaluate else args.runs_dir
+        fail(f"{error.filename or folder}: {error.strerror}{hint}")
     finally:
         if run and not (run.dir / "checkpoint.pt").exists():  # nothing to go on from
             run.remove_replay()

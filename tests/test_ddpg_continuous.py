@@ -226,6 +226,9 @@ class Broken(Bounds):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, object, bool, bool, dict]:
         obs = {"Broken-v0": [0.0, np.nan], "BrokenShape-v0": [0.0]}.get(self.spec.id, [0.0, 0.0])
         reward = {"BrokenReward-v0": np.nan, "BrokenRewards-v0": np.ones(2)}.get(self.spec.id, 0.0)
+        obs, reward = {"BrokenLarge-v0": ([0.0, 1e39], 0.0), "BrokenSum-v0": (obs, -1e39)}.get(
+            self.spec.id, (obs, reward)
+        )
         return np.array(obs), reward, False, False, {}
 
 
@@ -330,7 +333,7 @@ class Alone(Bounds):
 
 for cls in [Bounds, *Bounds.__subclasses__(), Lists]:
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=None if issubclass(cls, OwnLimit) else 50)
-for name in ("Reward", "Rewards", "Start", "Shape", "OldGym"):
+for name in ("Reward", "Rewards", "Start", "Shape", "OldGym", "Large", "Sum"):
     gym.register(f"Broken{name}-v0", Broken, max_episode_steps=50)
 gym.register(
     "Transformed-v0",
@@ -600,6 +603,8 @@ def test_it_learns_to_swing_up(tmp_path: Path) -> None:
         ("--env-id Broken-v0", "--env-id Broken-v0: gave observation [ 0. nan] and reward 0.0 for action ["),
         ("--env-id BrokenReward-v0", "and reward nan for action ["),
         ("--env-id BrokenStart-v0", "gave observation [ 0. nan] on reset; must be 2 finite numbers\n"),
+        ("--env-id BrokenLarge-v0", "gave observation [ 0. inf] and reward 0.0 for action ["),
+        ("--env-id BrokenSum-v0", "and reward -1e+39 for action ["),
         ("--env-id BrokenRewards-v0", "gave observation [0. 0.] and reward [1. 1.] for action ["),
         ("--env-id BrokenShape-v0", "gave observation [0.] and reward 0.0 for action ["),
         ("--env-id BrokenShape-v0", "]; must be 2 finite numbers and one\n"),

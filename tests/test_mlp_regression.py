@@ -1,9 +1,11 @@
 """Tests of mlp_regression.py against independent oracles; each says what it compares with."""
 
+import errno
 import io
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import imageio.v3 as imageio
 import numpy as np
@@ -631,6 +633,18 @@ def trained_on_houses(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--data", "houses.csv", "--target", "price", "--epochs", "2", "--checkpoint-frequency", "1"]
     assert run("mlp_regression", *flags, "--run-name", "whole", cwd=cwd).returncode == 0
     return cwd / "runs" / "whole"
+
+
+def test_predictions_are_written_whole_or_not_at_all(
+    trained_on_houses: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    houses().to_csv("houses.csv", index=False)
+    shutil.copy(trained_on_houses / "model.pt", "model.pt")
+    monkeypatch.setattr(mlp.os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    message = message_of(mlp, ["--evaluate", "model.pt", "--data", "houses.csv"], capsys, monkeypatch)
+    assert ".: No space left on device" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["houses.csv", "model.pt"]
 
 
 def test_divergence_is_named(tmp_path: Path) -> None:

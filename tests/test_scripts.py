@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -294,7 +295,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
     assert result.returncode == 130
     first, line = result.stderr.split("\n")[1:-1:2]
     assert first == "ends after this step; a second signal ends it at once"
-    assert line.startswith(f"stopped; go on with: {sys.executable} ")
+    assert line.startswith(f"stopped; go on with: OMP_NUM_THREADS=1 {sys.executable} ")
     assert line.endswith("--run-name stopped --resume")
     assert run(script, *line.split(f"{script}.py ")[1].split(), cwd=tmp_path).returncode == 0
     assert_same_run(finished, tmp_path / "runs" / "stopped")
@@ -579,7 +580,7 @@ def test_a_folder_that_is_no_runs_is_left_alone(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("events.out.tfevents.1.host.1.0", "replay.mp4", "events.csv"):
+    for name in ("events.out.tfevents.1.host.1.0", "replay.mp4", "events.csv", "args.json.bak"):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, name).write_text("mine")
         flags = [*SHORT[script], "--run-name", name, "--resume"]
@@ -845,6 +846,52 @@ def test_help_shows_bounds(script: str, capsys: pytest.CaptureFixture, monkeypat
     assert "INT >= 0" in said
     assert "INT >= 1" in said
     assert "FLOAT > 0" in said
+
+
+@pytest.mark.parametrize("name", ["", "300"])
+def test_the_command_that_goes_on_names_the_run(
+    name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where the name was an unset variable, and where another flag has the same value."""
+    monkeypatch.chdir(tmp_path)
+    module, flags = importlib.import_module("q_learning"), ["--total-timesteps", "300", "--run-name", name]
+    monkeypatch.setattr(sys, "argv", ["q_learning.py", *flags])
+    monkeypatch.setattr(module, "train", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        module.main()
+    words = shlex.split(capsys.readouterr().err.split("go on with: ")[1])
+    *given, resume = words[words.index("q_learning.py") + 1 :]
+    assert given[:4] == flags
+    assert resume == "--resume"
+    assert (
+        given[4:] == [] if name else re.fullmatch("--run-name MountainCar-v0__q_learning__1__.+", " ".join(given[4:]))
+    )
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous"], indirect=True)
+def test_weights_that_do_not_fit_are_named(
+    script: str, finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a script, or an environment, that has changed since."""
+    monkeypatch.chdir(tmp_path)
+    module, run_dir = importlib.import_module(script), Path("runs/older")
+    shutil.copytree(finished, run_dir)
+    (run_dir / "result.json").unlink()
+    cases = {"model": ["--evaluate", f"{run_dir}/model.pt"]}
+    cases["checkpoint"] = [*SHORT[script], "--run-name", "older", "--resume"]
+    for kind, flags in cases.items():
+        content = torch.load(run_dir / f"{kind}.pt", weights_only=True)
+        content.get("parts", content)["policy"].popitem()
+        torch.save(content, run_dir / f"{kind}.pt")
+        assert "older" in (message := message_of(module, flags, capsys, monkeypatch))
+        assert "does not fit this script's networks or the environment's spaces" in message
+
+
+def test_without_standard_output_it_trains(tmp_path: Path) -> None:
+    command = f"exec {sys.executable} -W error {ROOT}/mlp_regression.py --epochs 2 --restarts 1 --run-name it >&-"
+    result = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "runs" / "it" / "result.json").exists()
 
 
 @few_only
