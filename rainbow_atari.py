@@ -276,7 +276,7 @@ def make_atari(args: Args, rng: np.random.Generator, video_dir: Path | None = No
 class NoisyLinear(nn.Module):
     """A linear layer whose weights and biases are mu + sigma * noise (Fortunato et al. 2018, section 3), drawn at every
     call: f(e_i) f(e_j) for the weight from input j to output i and f(e_i) for the bias, f(e) = sign(e) sqrt(|e|) of
-    normal e; the one factor multiplies the outputs, the other the inputs."""
+    normal e."""
 
     def __init__(self, n_inputs: int, n_outputs: int, sigma: float):
         super().__init__()
@@ -287,7 +287,10 @@ class NoisyLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(sum(self.mu.weight.shape), device=x.device)
         noise_out, noise_in = (noise.sign() * noise.abs().sqrt()).split(self.mu.weight.shape)
-        return self.mu(x) + noise_out * self.sigma(noise_in * x)
+        if len(x) == 1:  # two products, of one observation, take less time than a matrix of noise
+            return self.mu(x) + noise_out * self.sigma(noise_in * x)
+        weight = torch.addcmul(self.mu.weight, self.sigma.weight, torch.outer(noise_out, noise_in))
+        return F.linear(x, weight, torch.addcmul(self.mu.bias, self.sigma.bias, noise_out))
 
 
 class RainbowNetwork(nn.Module):

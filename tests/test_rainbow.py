@@ -180,10 +180,11 @@ def test_draws_and_weights_follow_priorities() -> None:
 # --- Network ----------------------------------------------------------------------------------------------------------
 
 
-def test_noisy_layer_is_the_papers() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_noisy_layer_is_the_papers(rows: int) -> None:
     """Against a matrix of noise made by loops from the same normal draws; other noise at every call."""
     torch.manual_seed(1)
-    layer, x = rainbow.NoisyLinear(5, 3, sigma=0.4), torch.randn(2, 5)
+    layer, x = rainbow.NoisyLinear(5, 3, sigma=0.4), torch.randn(rows, 5)
     assert (layer.sigma.weight == 0.4 / math.sqrt(5)).all()
     assert (layer.sigma.bias == 0.4 / math.sqrt(5)).all()
     assert all(parameter.abs().max() <= 1 / math.sqrt(5) for parameter in layer.mu.parameters())
