@@ -460,7 +460,7 @@ class RainbowMemory(FrameMemory):
 
     def push(self, screen: np.ndarray, age: int = 0) -> None:
         super().push(screen, age)
-        if self.tree:  # what has just become too old; when the ring is full for the first time, `oldest` leaps
+        if self.tree:  # what has just become too old: STACK places where the ring first runs over, later one
             self.tree.set(np.arange(self.oldest - STACK, self.oldest) % self.slots, 0.0)
 
     def draw(self, batch_size: int) -> np.ndarray:

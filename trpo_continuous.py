@@ -187,7 +187,7 @@ class Rescaled(gym.Wrapper):
         with np.errstate(over="ignore"):
             self.obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64)
         shaped = self.obs.shape == self.observation_space.shape and reward.size == 1
-        if not (shaped and np.isfinite(self.obs).all() and abs(reward.item()) < 1e38):  # float32 holds no more
+        if not (shaped and np.isfinite(self.obs).all() and abs(reward.item()) < 1e38):  # float32 ends at 3e38
             when = "on reset" if action is None else f"and reward {reward} for action {action}"
             hint = "" if action is None or np.isfinite(action).all() else "; try a lower --learning-rate"
             must = f"must be {self.observation_space.shape[0]} finite numbers" + " and one" * (action is not None)
