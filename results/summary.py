@@ -19,10 +19,10 @@ interval from samples of seeds within each game (Agarwal et al. 2021).
 """
 
 import csv
+import io
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 from collections import Counter, defaultdict
@@ -56,6 +56,16 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def write(path: Path, content: bytes) -> None:
+    """Whole, or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_curves(run_dir: Path) -> None:
     """The curves of a finished run, as the files in CURVES; in a very long one a row is the mean of some values.
 
@@ -74,9 +84,7 @@ def write_curves(run_dir: Path) -> None:
             size = -(-len(points) // MAX_ROWS) or 1
             blocks = [points[start : start + size] for start in range(0, len(points), size)]
             lines = [f"{block[-1, 0]:.0f},{block[:, 1].mean():.6g}" for block in blocks]
-            temporary = run_dir / f"{name}.{os.getpid()}.tmp"
-            temporary.write_text("\n".join([f"step,{column}", *lines, ""]))
-            os.replace(temporary, run_dir / name)
+            write(run_dir / name, "\n".join([f"step,{column}", *lines, ""]).encode())
 
 
 def read_returns(run_dir: Path) -> np.ndarray:
@@ -232,13 +240,13 @@ def write_tables(rows: list[dict[str, str]], notes: list[str], folder: Path) -> 
     """table.csv and table.md, which is also shown."""
     names = list(dict.fromkeys(name for row in rows for name in row if row[name]))
     cells = [names, *([row.get(name, "") for name in names] for row in rows)]
-    with open(folder / "table.csv", "w", newline="") as file:
-        csv.writer(file).writerows(cells)
+    csv.writer(table := io.StringIO()).writerows(cells)
+    write(folder / "table.csv", table.getvalue().encode())
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     lines = [" | ".join(map(str.ljust, line, widths)) for line in cells]
     text = "\n".join([*(f"| {line} |" for line in lines), *(f"\n{note}" for note in notes)])
-    (folder / "table.md").write_text(f"{text}\n")
+    write(folder / "table.md", f"{text}\n".encode())
     print(text)
 
 
@@ -274,6 +282,11 @@ def draw_curves(axes: Axes, curves: dict[str, list[dict]], *, regression: bool, 
     axes.grid(alpha=0.3)
 
 
+def write_figure(figure: Figure, folder: Path, name: str) -> None:
+    figure.savefig(png := io.BytesIO(), dpi=110)
+    write(folder / re.sub(r"[^\w.-]", "-", f"{name}.png"), png.getvalue())
+
+
 def draw(script: str, environment: str, variants: dict[str, list[dict]], folder: Path) -> None:
     """One algorithm in one environment."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -284,7 +297,7 @@ def draw(script: str, environment: str, variants: dict[str, list[dict]], folder:
     axes.set(xlabel=x, ylabel=y, yscale=scale)
     axes.set_title(f"{script}.py, {environment}", parse_math=False)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{script}__{environment}.png"), dpi=110)
+    write_figure(figure, folder, f"{script}__{environment}")
 
 
 def draw_together(environment: str, algorithms: dict[str, list[dict]], folder: Path) -> None:
@@ -299,7 +312,7 @@ def draw_together(environment: str, algorithms: dict[str, list[dict]], folder: P
     by_hours.set_xlim(left=min(5e-3, by_hours.get_xlim()[1] / 10))
     figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(environment, parse_math=False)
-    figure.savefig(folder / re.sub(r"[^\w.-]", "-", f"{environment}.png"), dpi=110)
+    write_figure(figure, folder, environment)
 
 
 def summarise(*folders: Path) -> None:
@@ -353,7 +366,7 @@ def publish(run_dir: Path, folder: Path) -> None:
     published.mkdir(parents=True, exist_ok=True)
     for name in ("args.json", *CURVES, "result.json"):
         if (run_dir / name).exists():
-            os.replace(shutil.copy(run_dir / name, published / f"{name}.tmp"), published / name)
+            write(published / name, (run_dir / name).read_bytes())
 
 
 def main() -> None:
