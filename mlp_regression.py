@@ -176,10 +176,13 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
     header = [""]
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            header = next(csv.reader(file), [""])
-        options = {"index_col": False, "low_memory": False, "dtype": dict.fromkeys(text, str)}
+            header = next(filter(None, csv.reader(file, skipinitialspace=True)), [""])
+        options = {"index_col": False, "low_memory": False, "skipinitialspace": True}
+        options |= {"dtype": dict.fromkeys(text, str), "skip_blank_lines": len(header) > 1}  # in one column: gaps
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(path, skip_blank_lines=len(header) > 1, **options)  # in one column they are gaps
+            frame = pd.read_csv(path, **options)
+    except UnicodeDecodeError as error:
+        fail(f"--data {path}: not a CSV file in UTF-8: save it as one ({error})")
     except (csv.Error, ValueError, pd.errors.ParserWarning) as error:
         seen = f"its first line is {header[:9]}, and should name the columns of the others, divided by commas"
         fail(f"--data {path}: not a CSV file with a header: {seen} ({str(error).splitlines()[0]})")
@@ -232,13 +235,14 @@ def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
             scale = {
                 "median": column.median(),
                 "mean": filled.mean(),
-                "std": filled.std(ddof=0) if distinct > 1 else 1.0,
+                "std": (filled.std(ddof=0) if distinct > 1 else 0.0) or 1.0,  # 0 too where squares are too small
             }
             encoding["inputs"].append({"name": name, "missing": missing} | {key: float(scale[key]) for key in scale})
         elif distinct == column.count() and not missing:
             encoding["left_out"].append(f"{name} ({nearly_numbers(frame[name]) or 'different in every row'})")
         else:
-            known = [str(category) for category in column.value_counts().index[:MAX_CATEGORIES]]
+            repeated = column.value_counts().index[: MAX_CATEGORIES * (distinct < column.count())]
+            known = [str(category) for category in repeated]
             encoding["inputs"].append({"name": name, "missing": missing, "categories": known})
     return encoding
 
@@ -304,11 +308,11 @@ def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarr
     encoding = {"mean": [0.0], "std": [1.0]}
     if args.data:
         known = targets[split[0]]
-        if (known.min(axis=0) == known.max(axis=0)).any():
+        if ((known.min(axis=0) == known.max(axis=0)) | (known.std(axis=0) == 0)).any():
             fail(f"{flag}: a target has one value in all rows to train on, there is nothing to learn")
         encoding = fit_encoding(frame, split[0])
         if not encoding["inputs"]:
-            fail(f"{flag}: no column is left to predict from; left out: {', '.join(encoding['left_out'])}")
+            fail(f"{flag}: no column is left to predict from; left out: {', '.join(encoding['left_out']) or None}")
         scaled = args.model != "logistic"  # sigma's values lie in (0, 1)
         encoding |= {"mean": (known.mean(axis=0) * scaled).tolist(), "std": (known.std(axis=0) ** scaled).tolist()}
         x, y = encode(frame, encoding), ((targets - encoding["mean"]) / encoding["std"]).astype(np.float32)

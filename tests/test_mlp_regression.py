@@ -452,16 +452,22 @@ def test_a_logistic_model_learns_the_targets_as_they_are(tmp_path: Path) -> None
 
 
 def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Tiny units are no constant, integers that floats cannot tell apart are; one bad cell makes a number text."""
+    """Tiny units are no constant, integers that floats cannot tell apart are; one bad cell makes a number text; of a
+    name that is different in every row but missing in some, it counts where it is missing."""
     frame = houses()
     frame["name"] = [f"house {i}" for i in range(len(frame))]
     frame["farads"] = np.random.default_rng(1).uniform(1e-13, 2e-13, len(frame))
+    frame["p_value"] = frame["area"] * 1e-200
+    frame["nickname"] = frame["name"].where(frame.index % 3 > 0)
     frame["year"] = frame["area"].round().astype(int).astype(str).where(frame.index != 7, "?")
     frame["sold"] = [f"{area:.9f}" if i else "unknown" for i, area in enumerate(frame["farads"] * 1e13)]
     frame["id"] = 1_790_000_000_000_000_000 + np.arange(len(frame)) // 2
     frame.to_csv(tmp_path / "houses.csv", index=False)
-    _, encoding = mlp.make_data(made_args(data=str(tmp_path / "houses.csv"), target=("price",)))
-    assert [column["name"] for column in encoding["inputs"]] == ["area", "rooms", "city", "farads", "year"]
+    parts, encoding = mlp.make_data(made_args(data=str(tmp_path / "houses.csv"), target=("price",)))
+    assert np.isfinite(parts["training"][0]).all()
+    inputs = {column["name"]: column for column in encoding["inputs"]}
+    assert list(inputs) == ["area", "rooms", "city", "farads", "p_value", "nickname", "year"]
+    assert inputs["nickname"] == {"name": "nickname", "missing": True, "categories": []}
     said = capsys.readouterr().out
     assert "column sold (most of it looks like numbers, but not unknown in row 1): left out" in said
     assert "column id (constant): left out" in said
@@ -472,6 +478,12 @@ def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixtu
     kept = counts.index.isin(encoding["inputs"][-1]["categories"])
     assert counts[kept].min() >= counts[~kept].max()
     assert "column year: most of it looks like numbers, but not ? in row 8" in said
+
+
+def test_spaces_after_commas_and_blank_first_lines_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('\nid, a b, "c"\n1, x, 2\n')
+    frame = mlp.read_table(str(tmp_path / "t.csv"), ["c"])
+    assert frame.to_dict("list") == {"id": [1], "a b": ["x"], "c": [2]}
 
 
 @pytest.mark.parametrize(
@@ -579,6 +591,8 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
         ("--data comment.csv --target b", "its first line is ['# exported'], and should name the columns"),
         ("--data ragged.csv --target b", "--data ragged.csv: not a CSV file"),
         ("--data binary.csv --target b", "--data binary.csv: not a CSV file"),
+        ("--data latin.csv --target b", "--data latin.csv: not a CSV file in UTF-8: save it as one"),
+        ("--data tiny.csv --target price", "one value in all rows to train on"),
         ("--data empty.csv --target b", "--data empty.csv: not a CSV file"),
         ("--data header.csv --target b", "0 rows are too few"),
         ("--evaluate model.pt --data fewer.csv", "there is no column 'area' among 'rooms'"),
@@ -612,6 +626,8 @@ def test_bad_input_of_regression(
     Path("comma.csv").write_text("a;b\n1;2,5\n3;4,5\n")
     Path("comment.csv").write_text("# exported\na,b\n1,2\n")
     Path("binary.csv").write_bytes(bytes(range(256)) * 10)
+    Path("latin.csv").write_text("ä,b\n1,2\n", encoding="latin-1")
+    frame.assign(price=frame["price"] * 1e-200).to_csv("tiny.csv", index=False)
     Path("empty.csv").touch()
     Path("header.csv").write_text("a,b\n")
     Path("folder").mkdir()
