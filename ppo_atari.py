@@ -21,14 +21,14 @@ Proximal policy optimisation, the variant with clipping. The numbers recur in `t
 A state is the last four screens. Policy and value function share all layers but the last.
 
 Differs from the paper:
-- A time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, but the game
-  goes on, and the screens before it stay in the state.
+- A time limit is no terminal state: delta_t takes V of its true last state. A lost life is one, as in OpenAI's code and
+  CleanRL, though the game goes on; but the screens before it stay in the state, where theirs begin anew.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: K = 4 (the paper's is 3), c_1 = 0.5 on half the squared error (1 on
   the whole), DQN's convolutions and rewards clipped to their sign; Adam's epsilon is 1e-5, advantages are normalised in
   each minibatch, initial weights are orthogonal, the gradient's norm is clipped. The paper lets eps fall with the
   learning rate; theirs does not (ppo2's once did).
 - Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts in MuJoCo
-  (Andrychowicz et al. 2021, section 3.4); FIRE pressed at the start of a game, which is left to the policy.
+  (Andrychowicz et al. 2021, section 3.4); FIRE pressed at a game's start and after a lost life: the policy has to.
 - All steps are agent steps of four emulator frames. A screen is grey, the maximum of the last two, shrunk by area.
 
 An evaluation samples its actions from the policy, as the training does, in games of at most five minutes.
@@ -120,7 +120,7 @@ class Args:
     update_epochs: Count = 4
     """K: epochs over a rollout"""
     clip_coef: Positive = 0.1
-    """eps: how far the ratio may go from 1"""
+    """eps: a ratio further than this from 1 has nothing more to gain"""
     ent_coef: NonNegative = 0.01
     """c_2: weight of the entropy"""
     vf_coef: NonNegative = 0.5
@@ -310,7 +310,7 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, equation 16); all arrays are (T, n_envs), float32.
 
     `terminated`: s_{t+1} is terminal; `done`: the episode ends there, by that or by a time limit; `next_value` is that
-    of the true s_{t+1}. What is cut off at the end of the rollout is estimated by its value too.
+    of the true s_{t+1}, which stands for all that follows a time limit or the rollout's last step.
     """
     delta = reward + gamma * next_value * (1 - terminated) - value
     advantage, following, decay = np.zeros_like(delta), 0.0, gamma * gae_lambda * (1 - done)
@@ -333,15 +333,14 @@ def normalise(advantage: torch.Tensor) -> torch.Tensor:
 def diagnostics(
     log_ratio: torch.Tensor, clip_coef: float, value: np.ndarray, target: np.ndarray
 ) -> dict[str, float | torch.Tensor]:
-    """Of the last minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part clipped.
+    """Of the last minibatch (batch,): mean r - 1 - log r, an estimate of KL(pi_old || pi); part of r beyond 1 +- eps.
 
     Of a rollout (T, n_envs): the part of the targets' variance that the values before the update explain.
     """
-    log_ratio = log_ratio.detach()
-    ratio, kl = log_ratio.exp(), (log_ratio.exp() - 1 - log_ratio).mean()
-    clipped = ((ratio - 1).abs() > clip_coef).float().mean()
+    ratio = log_ratio.exp()
+    kl, beyond = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
     explained = 1 - (target - value).var() / target.var() if target.var() > 0 else 0.0
-    return {"losses/approx_kl": kl, "losses/clipfrac": clipped, "losses/explained_variance": explained}
+    return {"losses/approx_kl": kl, "losses/clipfrac": beyond, "losses/explained_variance": explained}
 
 
 def train(args: Args, run: Run) -> dict[str, object]:
@@ -374,7 +373,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
                 done[t, i] = terminal[t, i] or truncated
                 run.count_reward(score, terminated or truncated, i)
                 if truncated:
-                    (cut_value[t, i],) = actor_critic.act(next_obs[None], rng)[2]
+                    cut_value[t, i] = actor_critic.act(next_obs[None], rng)[2].item()
                 if terminated or truncated:
                     env.reset()
         # 5: advantages

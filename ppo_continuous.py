@@ -21,12 +21,13 @@ Proximal policy optimisation, the variant with clipping. The numbers recur in `t
 Differs from the paper:
 - A terminal state has no value. A time limit is no terminal state: delta_t takes V of its true last state.
 - As in OpenAI's code (baselines, ppo2) and CleanRL: observations are normalised by their mean and variance so far and
-  rewards divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
+  rewards divided by the standard deviation of a discounted sum of past ones, both clipped to [-10, 10]; advantages are
   normalised in each minibatch; initial weights are orthogonal; the gradient's norm is clipped, that of policy and V
-  together, so that c_1 = 0.5 on half the squared error matters; the learning rate falls, and Adam's epsilon is 1e-5.
-- Theirs, but not ours: a time limit that counts as a terminal state; statistics of observations and rewards that change
-  within a rollout (here the former are those of the rollouts before, so that a state has one value; the first rollout
-  has observations as they come, clipped); a clipped value loss, which hurts (Andrychowicz et al. 2021, section 3.4).
+  together: only so does c_1 = 0.5, on half the squared error, touch the policy, which shares no weights with V; the
+  learning rate falls, and Adam's epsilon is 1e-5.
+- Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts (Andrychowicz et
+  al. 2021, section 3.4); statistics that change within a rollout. Here those of observations are of the rollouts
+  before, so that a state has one value (the first has them only clipped); those of rewards include this one.
 - As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
   policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou; CleanRL's at 1.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone;
@@ -116,7 +117,7 @@ class Args:
     update_epochs: Count = 10
     """K: epochs over a rollout"""
     clip_coef: Positive = 0.2
-    """eps: how far the ratio may go from 1"""
+    """eps: a ratio further than this from 1 has nothing more to gain"""
     ent_coef: NonNegative = 0.0
     """c_2: weight of the entropy"""
     vf_coef: NonNegative = 0.5
@@ -256,7 +257,7 @@ class RunningMoments:
 
 
 class RewardScale(RunningMoments):
-    """Divides rewards by the standard deviation of the discounted return so far."""
+    """Divides rewards by the standard deviation so far of R_t = gamma R_{t-1} + r_t, a sum of past ones."""
 
     def __init__(self, n_envs: int, gamma: float):
         super().__init__()
@@ -339,7 +340,7 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, equation 16); all arrays are (T, n_envs), float32.
 
     `terminated`: s_{t+1} is terminal; `done`: the episode ends there, by that or by a time limit; `next_value` is that
-    of the true s_{t+1}. What is cut off at the end of the rollout is estimated by its value too.
+    of the true s_{t+1}, which stands for all that follows a time limit or the rollout's last step.
     """
     delta = reward + gamma * next_value * (1 - terminated) - value
     advantage, following, decay = np.zeros_like(delta), 0.0, gamma * gae_lambda * (1 - done)
@@ -362,15 +363,14 @@ def normalise(advantage: torch.Tensor) -> torch.Tensor:
 def diagnostics(
     log_ratio: torch.Tensor, clip_coef: float, value: np.ndarray, target: np.ndarray
 ) -> dict[str, float | torch.Tensor]:
-    """Of the last minibatch (batch,): an estimate of KL(pi_old || pi), mean of r - 1 - log r, and the part clipped.
+    """Of the last minibatch (batch,): mean r - 1 - log r, an estimate of KL(pi_old || pi); part of r beyond 1 +- eps.
 
     Of a rollout (T, n_envs): the part of the targets' variance that the values before the update explain.
     """
-    log_ratio = log_ratio.detach()
-    ratio, kl = log_ratio.exp(), (log_ratio.exp() - 1 - log_ratio).mean()
-    clipped = ((ratio - 1).abs() > clip_coef).float().mean()
+    ratio = log_ratio.exp()
+    kl, beyond = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
     explained = 1 - (target - value).var() / target.var() if target.var() > 0 else 0.0
-    return {"losses/approx_kl": kl, "losses/clipfrac": clipped, "losses/explained_variance": explained}
+    return {"losses/approx_kl": kl, "losses/clipfrac": beyond, "losses/explained_variance": explained}
 
 
 def train(args: Args, run: Run) -> dict[str, object]:
@@ -379,7 +379,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
     d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     # 1: initialise policy pi_theta and value function V_phi
     policy, value_function = Policy(d_obs, d_action).to(device), mlp(d_obs, 1, gain=1.0).to(device)
-    weights = as_vector(nn.ModuleList([policy, value_function]))
+    weights = as_vector(nn.ModuleList([policy, value_function]))  # minibatches take a sixth less time
     adam = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
 
@@ -423,13 +423,13 @@ def train(args: Args, run: Run) -> dict[str, object]:
             target = advantage + value
             if epoch == 0:  # what V explains is logged as it was before the update
                 before = value, target
-            # for each minibatch of the shuffled steps
+            # 7: for each minibatch of the shuffled steps
             b_advantage, b_target = (torch.from_numpy(x).to(device).flatten() for x in (advantage, target))
             batch = b_obs, b_action, b_log_prob, b_advantage, b_target
             order = torch.from_numpy(rng.permutation(size)).to(device)
             minibatches = zip(*(x[order].chunk(args.num_minibatches) for x in batch), strict=True)
             for mb_obs, mb_action, mb_log_prob, mb_advantage, mb_target in minibatches:
-                # 7: ratio r(theta)
+                # its ratio r(theta)
                 log_ratio = policy.log_prob(mb_obs, mb_action) - mb_log_prob
                 # 8: L_CLIP
                 policy_loss = clipped_loss(log_ratio, normalise(mb_advantage), args.clip_coef)

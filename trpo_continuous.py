@@ -18,18 +18,20 @@ Trust region policy optimisation. The numbers recur in `train`, beside the code 
      9      fit V_phi to A + V_old
 
 Differs from the paper:
-- Advantages are estimated as in Schulman et al. 2016 with a fitted value function; the paper takes returns.
+- Advantages are estimated as in Schulman et al. 2016, with a value function that Adam fits to A + V_old (theirs: a
+  trust region, to returns); the paper takes returns.
 - F has `--cg-damping` added on its diagonal, as in OpenAI's baselines, and is taken over all states of a rollout; the
   paper takes a tenth of them, to save time.
 - A terminal state has no value. A time limit is no terminal state: delta_t takes V of its true last state.
 - As in RL Zoo's settings of sb3-contrib: observations are normalised by their mean and variance so far and rewards
-  divided by the standard deviation of the discounted return so far, both clipped to [-10, 10]; advantages are
+  divided by the standard deviation of a discounted sum of past ones, both clipped to [-10, 10]; advantages are
   normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before, so that a
-  state has one value; the first rollout acts on observations as they come, clipped.
+  state has one value (the first has them only clipped); those of rewards include this one.
 - Policy and V have two hidden layers of 64 units; the paper's policy has one of 30 or 50.
 - Rollouts of 1,024 steps are Tianshou's (the paper's: 50,000 and more), 20 epochs for V RL Zoo's; all other defaults
   are sb3-contrib's, but for Adam's epsilon, which is PyTorch's. The KL of a state is the sum over the action's
-  dimensions, sb3-contrib's their mean: to match its delta and damping, multiply both by the dimensions.
+  dimensions, from old to new, sb3-contrib's their mean, from new to old: to match its damping and, nearly, its delta,
+  multiply both by the dimensions.
 - The policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone;
   log-probabilities are of the unclipped ones. sb3-contrib only clips them.
@@ -114,11 +116,11 @@ class Args:
     target_kl: Positive = 0.01
     """delta: largest mean KL divergence between the policies before and after an iteration"""
     cg_steps: Count = 15
-    """steps of conjugate gradients"""
+    """steps of conjugate gradients, at most"""
     cg_damping: NonNegative = 0.1
     """added to the diagonal of F"""
     line_search_steps: Count = 10
-    """trials of the line search"""
+    """trials of the line search, at most"""
     line_search_shrink: Fraction = 0.8
     """alpha: factor between the steps of two trials"""
     learning_rate: Positive = 1e-3
@@ -260,7 +262,7 @@ class RunningMoments:
 
 
 class RewardScale(RunningMoments):
-    """Divides rewards by the standard deviation of the discounted return so far."""
+    """Divides rewards by the standard deviation so far of R_t = gamma R_{t-1} + r_t, a sum of past ones."""
 
     def __init__(self, n_envs: int, gamma: float):
         super().__init__()
@@ -332,7 +334,7 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, equation 16); all arrays are (T, n_envs), float32.
 
     `terminated`: s_{t+1} is terminal; `done`: the episode ends there, by that or by a time limit; `next_value` is that
-    of the true s_{t+1}. What is cut off at the end of the rollout is estimated by its value too.
+    of the true s_{t+1}, which stands for all that follows a time limit or the rollout's last step.
     """
     delta = reward + gamma * next_value * (1 - terminated) - value
     advantage, following, decay = np.zeros_like(delta), 0.0, gamma * gae_lambda * (1 - done)
@@ -367,7 +369,7 @@ def conjugate_gradients(
 ) -> torch.Tensor:
     """x with F x = g, for a positive definite F of which only v -> F v is known (Hestenes and Stiefel 1952).
 
-    It is nearly that after `steps` products, or when the squared norm of g - F x is below the tolerance.
+    It stops after `steps` products, or sooner where the squared norm of g - F x is below the tolerance.
     """
     x, residual, direction = torch.zeros_like(g), g, g
     for _ in range(steps):
@@ -409,7 +411,7 @@ def trust_region_step(
     x = conjugate_gradients(fisher_product, g, args.cg_steps)
     # 7: step beta
     beta = (2 * args.target_kl / (x @ fisher_product(x))).sqrt()
-    # 8: line search; a step that is no number is neither better nor near
+    # 8: line search; a step of NaN, as from g = 0, passes neither test
     theta_old = nn.utils.parameters_to_vector(policy.parameters()).detach()
     for j in range(args.line_search_steps):
         nn.utils.vector_to_parameters(theta_old + args.line_search_shrink**j * beta * x, policy.parameters())
@@ -429,7 +431,8 @@ def train(args: Args, run: Run) -> dict[str, object]:
     d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     # 1: initialise policy pi_theta and value function V_phi
     policy, value_function = Policy(d_obs, d_action).to(device), mlp(d_obs, 1, gain=1.0).to(device)
-    # theta is one vector's parts from the start, as after every step: torch's bits depend on where a matrix begins
+    # theta is one vector's parts from the start, as after every step, so that a resumed run has the same bits: torch's
+    # depend on where a matrix begins
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(policy.parameters()).detach(), policy.parameters())
     adam = torch.optim.Adam(value_function.parameters(), lr=args.learning_rate, fused=True)
     obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
