@@ -557,7 +557,7 @@ def save(path: Path, content: dict | str) -> None:
 def load(path: Path, kind: str) -> dict:
     """What `save` wrote: flags; a "model" or "checkpoint" of tensors and plain types. All else ends the program."""
     try:
-        if path.suffix == ".json":
+        if kind == "list of flags":
             return dict(json.loads(path.read_text()))
         with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -191,7 +191,8 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
             fail(f"--data {path}: more than one column is called {name!r}")
     for name in columns:
         if name not in frame:
-            fail(f"--data {path}: there is no column {name!r} among {', '.join(map(repr, header[:99]))}")
+            hint = "; columns are divided by commas" * (len(header) == 1)
+            fail(f"--data {path}: there is no column {name!r} among {', '.join(map(repr, header[:99]))}{hint}")
     return frame
 
 
@@ -201,7 +202,8 @@ def numbers(frame: pd.DataFrame, name: str) -> np.ndarray:
     wrong = frame[name].notna().to_numpy() & ~(np.abs(values) < MAX_NUMBER)
     if wrong.any():
         row = int(wrong.argmax())
-        fail(f"column {name} has {frame[name].iloc[row]} in row {frame.index[row] + 1}: no number, or not a finite one")
+        where = f"column {name} has {frame[name].iloc[row]} in row {frame.index[row] + 1}"
+        fail(f"{where}: must be a number between -{MAX_NUMBER:g} and {MAX_NUMBER:g}")
     return values
 
 
@@ -219,7 +221,10 @@ def nearly_numbers(column: pd.Series) -> str:
 
 
 def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
-    """How columns become numbers, from the training rows alone: means, deviations, medians, categories."""
+    """How columns become numbers: means, deviations, medians, categories, from the training rows alone.
+
+    Only whether a column is one of numbers is seen from all rows.
+    """
     encoding = {"inputs": [], "left_out": []}
     for name in frame.columns:
         column, numeric = frame[name].iloc[training], not_numbers(frame[name]).empty
@@ -241,8 +246,8 @@ def fit_encoding(frame: pd.DataFrame, training: np.ndarray) -> dict:
         elif distinct == column.count() and not missing:
             encoding["left_out"].append(f"{name} ({nearly_numbers(frame[name]) or 'different in every row'})")
         else:
-            repeated = column.value_counts().index[: MAX_CATEGORIES * (distinct < column.count())]
-            known = [str(category) for category in repeated]
+            counts = column.value_counts()
+            known = [str(category) for category in counts[counts > 1].index[:MAX_CATEGORIES]]
             encoding["inputs"].append({"name": name, "missing": missing, "categories": known})
     return encoding
 
@@ -266,7 +271,9 @@ def describe(frame: pd.DataFrame, encoding: dict) -> None:
     for column in encoding["inputs"]:
         name, there = column["name"], frame[column["name"]].dropna()
         instead = "a category of its own" if column["missing"] else "coded as none"
-        if "categories" in column:
+        if not column.get("categories", True):
+            print(f"column {name}: hardly a value stands twice, so only whether it is missing counts")
+        elif "categories" in column:
             text = there.astype(str)
             others = text[~text.isin(column["categories"])]
             print(f"column {name}: one-hot, {len(column['categories'])} categories")
@@ -294,6 +301,7 @@ def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarr
         frame = read_table(args.data, args.target)
         targets = np.stack([numbers(frame, name) for name in args.target], axis=1)
         complete = ~np.isnan(targets).any(axis=1)
+        repeated = int(frame[complete].duplicated().sum())
         frame, targets = frame[complete].drop(columns=list(args.target)), targets[complete]
         rows, dropped = len(frame), int((~complete).sum())
     else:
@@ -318,6 +326,8 @@ def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarr
         x, y = encode(frame, encoding), ((targets - encoding["mean"]) / encoding["std"]).astype(np.float32)
         if not quiet:
             print(f"{rows:,} rows, {dropped:,} without a target left out")
+            if repeated:
+                print(f"{repeated:,} rows repeat others: test rows may stand among those that are trained on")
             describe(frame, encoding)
     if args.model == "logistic" and not (y.min() >= 0 and y.max() <= 1):
         fail(f"--model logistic: its values lie in (0, 1), but there are targets from {y.min():g} to {y.max():g}")
@@ -542,7 +552,7 @@ def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: P
     figures, known = {"best_epoch": model["step"]}, ~np.isnan(target).any(axis=1)
     if known.any():
         if not same:
-            print("the figures are of all rows of this other table, also of any that were trained on")
+            print("the figures are of all rows of this other table with a target, also of any that were trained on")
         figures |= {f"test_{name}": v for name, v in scores(f(x[known]), target[known], encoding["baseline"]).items()}
     if not args.data:  # against the function itself, on an even grid
         axis = np.linspace(-1, 1, 1001 if x.shape[1] == 1 else 101, dtype=np.float32)
@@ -567,6 +577,8 @@ def check(args: Args) -> str:
         fail(f"--batch-size {args.batch_size}: lbfgs takes all examples at once; take --optimizer adam or sgd")
     if not args.hidden_sizes or (args.model == "rbf" and len(args.hidden_sizes) > 1):
         fail(f"--hidden-sizes {args.hidden_sizes}: give one number for each hidden layer; an RBF network has one")
+    if args.evaluate and args.data and not args.target:
+        fail(f"--data {args.data}: {args.evaluate} was trained on --dataset {args.dataset}, and predicts from no table")
     if sum(word.split("=")[0] == "--target" for word in sys.argv) > 1:
         fail("--target is given more than once: give all columns after one")
     if bool(args.data) != bool(args.target) or len(set(args.target)) < len(args.target):
@@ -710,7 +722,7 @@ def save(path: Path, content: dict | str) -> None:
 def load(path: Path, kind: str) -> dict:
     """What `save` wrote: flags; a "model" or "checkpoint" of tensors and plain types. All else ends the program."""
     try:
-        if path.suffix == ".json":
+        if kind == "list of flags":
             return dict(json.loads(path.read_text()))
         with warnings.catch_warnings(action="ignore"):  # of pickles by other programs
             content = torch.load(path, map_location="cpu", weights_only=True)

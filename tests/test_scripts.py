@@ -745,6 +745,7 @@ BAD_EVERYWHERE = [
     ("--runs-dir dangling", "dangling"),
     ("--evaluate no.pt", "no.pt is missing"),
     ("--evaluate runs", "runs is missing, damaged, or no model"),
+    ("--evaluate args.json", "args.json is missing, damaged, or no model"),
     ("--evaluate truncated.pt", "truncated.pt is missing, damaged"),
     ("--evaluate code.pt", "code.pt is missing, damaged, or no model of"),
     ("--evaluate other.pt", "other.pt is missing, damaged, or no model of"),
@@ -782,7 +783,7 @@ def test_bad_input(
         Path("runs", name).mkdir(parents=True)
     Path("file").touch()
     Path("dangling").symlink_to("nowhere")
-    for name in ("model.pt", "checkpoint.pt"):
+    for name in ("model.pt", "checkpoint.pt", "args.json"):
         shutil.copy(finished / name, name)
     Path("truncated.pt").write_bytes(Path("model.pt").read_bytes()[:-1000])
     Path("code.pt").write_bytes(b"cposix\nsystem\n(S'touch code-ran'\ntR.")
