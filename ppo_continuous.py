@@ -379,7 +379,7 @@ def train(args: Args, run: Run) -> dict[str, object]:
     d_obs, d_action = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     # 1: initialise policy pi_theta and value function V_phi
     policy, value_function = Policy(d_obs, d_action).to(device), mlp(d_obs, 1, gain=1.0).to(device)
-    weights = as_vector(nn.ModuleList([policy, value_function]))  # minibatches take a sixth less time
+    weights = as_vector(nn.ModuleList([policy, value_function]))  # with its norm by hand, a sixth less time a minibatch
     adam = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     obs_moments, reward_scale = RunningMoments(d_obs), RewardScale(args.num_envs, args.gamma)
 

@@ -626,7 +626,7 @@ def test_bad_input_of_regression(
     frame.assign(price=0.1).to_csv("same.csv", index=False)
     frame[["country", "price"]].to_csv("alone.csv", index=False)
     frame.drop(columns=["area", "city"]).to_csv("fewer.csv", index=False)
-    Path("twice.csv").write_text("area,area,price\n1,2,3\n")
+    Path("twice.csv").write_text("area, area,price\n1,2,3\n")
     frame.assign(area=frame["area"].where(frame.index != 39, 1e39)).to_csv("huge.csv", index=False)
     days = pd.date_range("2024-01-01", periods=len(frame)).strftime("%Y-%m-%d")
     frame[["price"]].assign(day=days).to_csv("dates.csv", index=False)
