@@ -1,5 +1,5 @@
 """Function approximation in one file: linear and logistic models, RBF networks and multilayer perceptrons, trained by
-gradient descent and looked at in TensorBoard.
+their gradients and looked at in TensorBoard.
 
     python mlp_regression.py                                        # sin(2 pi x) as a sum of three sigmoids
     python mlp_regression.py --dataset circle --hidden-sizes 4      # a region of the plane, and what each unit learnt
@@ -176,8 +176,9 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
     header = [""]
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            header = next(filter(None, csv.reader(file, skipinitialspace=True)), [""])
-        options = {"index_col": False, "low_memory": False, "skipinitialspace": True}
+            lines = enumerate(csv.reader(file, skipinitialspace=True))
+            blank, header = next(((n, line) for n, line in lines if line), (0, header))
+        options = {"index_col": False, "low_memory": False, "skipinitialspace": True, "skiprows": blank}
         options |= {"dtype": dict.fromkeys(text, str), "skip_blank_lines": len(header) > 1}  # in one column: gaps
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             frame = pd.read_csv(path, **options)
@@ -196,15 +197,16 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
     return frame
 
 
-def numbers(frame: pd.DataFrame, name: str) -> np.ndarray:
-    """A column as float64 (rows,), NaN where it is empty; ends the program where it is no number to compute with."""
+def numbers(frame: pd.DataFrame, name: str, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+    """A column, standardised, as float64 (rows,), NaN where it is empty; ends the program where it is no number."""
     values = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    wrong = frame[name].notna().to_numpy() & ~(np.abs(values) < MAX_NUMBER)
+    low, high = mean - MAX_NUMBER * std, mean + MAX_NUMBER * std
+    wrong = frame[name].notna().to_numpy() & ~((low < values) & (values < high))
     if wrong.any():
         row = int(wrong.argmax())
         where = f"column {name} has {frame[name].iloc[row]} in row {frame.index[row] + 1}"
-        fail(f"{where}: must be a number between -{MAX_NUMBER:g} and {MAX_NUMBER:g}")
-    return values
+        fail(f"{where}: must be a number between {low:g} and {high:g}")
+    return (values - mean) / std
 
 
 def not_numbers(column: pd.Series) -> pd.Series:
@@ -261,7 +263,8 @@ def encode(frame: pd.DataFrame, encoding: dict) -> np.ndarray:
             text = frame[name].astype(str).to_numpy()
             columns += [text == category for category in column["categories"]]
         else:
-            columns.append((np.where(missing, column["median"], numbers(frame, name)) - column["mean"]) / column["std"])
+            mean, std = column["mean"], column["std"]
+            columns.append(np.where(missing, (column["median"] - mean) / std, numbers(frame, name, mean, std)))
         columns += [missing] * column["missing"]
     return np.stack(columns, axis=1, dtype=np.float32, casting="unsafe")
 
@@ -523,7 +526,8 @@ def train(args: Args, run: Run) -> dict[str, Best]:
 def evaluate(args: Args, model: dict[str, dict], device: torch.device, folder: Path | None) -> dict[str, float]:
     """Scores on the test examples, or on all rows of another table than that of the training.
 
-    With --evaluate and --data the predictions for all rows go to a new CSV file in `folder`.
+    `best_epoch` counts through all starts. With --evaluate and --data the predictions for all rows go to a new CSV
+    file in `folder`.
     """
     model = model["best"]
     encoding = model["encoding"]
@@ -676,8 +680,8 @@ def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstruc
     return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
 
 
-Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
-Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**40)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**40)]
 Positive = Annotated[float, number(float, "FLOAT > 0", 1e-30, 1e30)]
 NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e30)]
 Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]

@@ -30,7 +30,7 @@ Barto 2018, equation 11.9): line 4 for state values, in expectation, swept over 
 max_a' it takes the target policy, which always goes to state 7. Rewards are 0 and weights could say so, and yet they
 grow without bound, at any learning rate. A gamma below 0.88 mends it (0.8 soon, 0.87 slowly); so does
 `--target-network` with copies 77 or more sweeps apart, but slowly: the values grow until sweep 2,000 or 3,000, and then
-fall, fastest with copies 130 apart. There are no features, no exploration and no episodes: their flags have no effect.
+fall. There are no features, no exploration and no episodes: their flags have no effect.
 """
 
 # /// script
@@ -522,8 +522,8 @@ def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstruc
     return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
 
 
-Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
-Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**40)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**40)]
 Positive = Annotated[float, number(float, "FLOAT > 0", 1e-30, 1e30)]
 NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e30)]
 Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]

@@ -548,8 +548,8 @@ def number(kind: type, words: str, low: float, high: float) -> PrimitiveConstruc
     return PrimitiveConstructorSpec(1, words, parse, lambda value: isinstance(value, kind), lambda value: [str(value)])
 
 
-Count = Annotated[int, number(int, "INT >= 1", 1, 2**62)]
-Natural = Annotated[int, number(int, "INT >= 0", 0, 2**62)]
+Count = Annotated[int, number(int, "INT >= 1", 1, 2**40)]
+Natural = Annotated[int, number(int, "INT >= 0", 0, 2**40)]
 Positive = Annotated[float, number(float, "FLOAT > 0", 1e-30, 1e30)]
 NonNegative = Annotated[float, number(float, "FLOAT >= 0", 0, 1e30)]
 Fraction = Annotated[float, number(float, "FLOAT from 0 to 1", 0, 1)]

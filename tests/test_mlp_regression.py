@@ -192,7 +192,7 @@ def test_scores_by_hand() -> None:
 
 def test_lbfgs_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its state is its history of steps and gradients; from a copy of the folder in the middle of the second start."""
-    weights, save, fresh, train_epoch = [], mlp.Run.save_checkpoint, [], mlp.train_epoch
+    weights, save, fresh, seen, train_epoch = [], mlp.Run.save_checkpoint, [], [], mlp.train_epoch
 
     def save_and_copy(run: mlp.Run) -> None:
         save(run)
@@ -200,8 +200,10 @@ def test_lbfgs_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             shutil.copytree(run.dir, tmp_path / "copied")
 
     def watched(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *rest: object) -> float:
-        fresh.append(not optimizer.state)
-        return train_epoch(model, optimizer, *rest)
+        fresh.append((not optimizer.state, not seen or not torch.equal(model.last.weight, seen[-1])))
+        loss = train_epoch(model, optimizer, *rest)
+        seen.append(model.last.weight.detach().clone())
+        return loss
 
     monkeypatch.setattr(mlp.Run, "save_checkpoint", save_and_copy)
     monkeypatch.setattr(mlp, "train_epoch", watched)
@@ -216,7 +218,9 @@ def test_lbfgs_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     curves = [scalars(tmp_path / name, "losses/validation") for name in ("whole", "copied")]
     assert curves[0] == curves[1]
     assert [step for step, _ in curves[0]] == list(range(1, 13))
-    assert fresh == [True, *[False] * 5, True, *[False] * 5, *[False] * 4]  # each start begins without a history
+    new, old = (True, True), (False, False)  # each start begins without a history, and with weights of its own
+    assert fresh[:12] == [new, *[old] * 5, new, *[old] * 5]
+    assert not any(history for history, _ in fresh[12:])
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -251,8 +255,25 @@ def test_the_maps_of_two_inputs_show_the_prediction_and_each_unit() -> None:
     assert len(maps) == 1 + 4 + 16  # of the second layer the first 16
     x = parts["training"][0]
     corner = torch.from_numpy(np.stack([x.min(axis=0), [x[:, 0].min(), x[:, 1].max()]]))  # lower left, upper left
+    (left, right, bottom, top), lows, highs = figure.axes[0].images[0].get_extent(), x.min(axis=0), x.max(axis=0)
+    assert [left, bottom, right, top] == pytest.approx([*lows, *highs])
     for shown, expected in zip(maps, [model(corner), *torch.cat(model.hidden(corner), dim=1)[:, :20].T], strict=True):
         assert [shown[0, 0], shown[-1, 0]] == pytest.approx(expected.detach().ravel().tolist(), abs=1e-5)
+
+
+def test_the_picture_of_more_inputs_has_predictions_over_true_values(tmp_path: Path) -> None:
+    """Of the training and validation examples, in the target's own units; none of the test."""
+    houses().to_csv(tmp_path / "houses.csv", index=False)
+    args = made_args(data=str(tmp_path / "houses.csv"), target=("price",))
+    parts, encoding = mlp.make_data(args)
+    model, (mean, std) = mlp.make_model(args, 7, 1), (encoding[key][0] for key in ("mean", "std"))
+    figure = mlp.picture(args, model, {part: tuple(map(torch.from_numpy, parts[part])) for part in parts}, encoding)
+    clouds = figure.axes[0].collections
+    assert [cloud.get_label() for cloud in clouds] == ["training", "validation"]
+    for cloud, part in zip(clouds, ("training", "validation"), strict=True):
+        x, y = parts[part]
+        expected = np.hstack([mean + std * y, mean + std * model(torch.from_numpy(x)).detach().numpy()])
+        np.testing.assert_allclose(cloud.get_offsets(), expected, rtol=1e-5)
 
 
 def assert_pictures(run_dir: Path, tags: list[str]) -> None:
@@ -452,13 +473,14 @@ def test_a_logistic_model_learns_the_targets_as_they_are(tmp_path: Path) -> None
 
 
 def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Tiny units are no constant, integers that floats cannot tell apart are; one bad cell makes a number text; of a
-    name that is different in every row but missing in some, it counts where it is missing."""
+    """Tiny units are no constant, integers that floats cannot tell apart are; one bad cell makes a number text; of one
+    number, or of a name that is different in every row, it counts where it is missing, if it is in some."""
     frame = houses()
     frame["name"] = [f"house {i}" for i in range(len(frame))]
     frame["farads"] = np.random.default_rng(1).uniform(1e-13, 2e-13, len(frame))
     frame["p_value"] = frame["area"] * 1e-200
     frame["nickname"] = frame["name"].where(frame.index % 3 > 0)
+    frame["lift"] = np.where(frame.index % 3 > 0, 1.0, np.nan)
     frame["year"] = frame["area"].round().astype(int).astype(str).where(frame.index != 7, "?")
     frame["sold"] = [f"{area:.9f}" if i else "unknown" for i, area in enumerate(frame["farads"] * 1e13)]
     frame["id"] = 1_790_000_000_000_000_000 + np.arange(len(frame)) // 2
@@ -466,7 +488,8 @@ def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixtu
     parts, encoding = mlp.make_data(made_args(data=str(tmp_path / "houses.csv"), target=("price",)))
     assert np.isfinite(parts["training"][0]).all()
     inputs = {column["name"]: column for column in encoding["inputs"]}
-    assert list(inputs) == ["area", "rooms", "city", "farads", "p_value", "nickname", "year"]
+    assert list(inputs) == ["area", "rooms", "city", "farads", "p_value", "nickname", "lift", "year"]
+    assert inputs["lift"] == {"name": "lift", "missing": True, "median": 1, "mean": 1, "std": 1}
     assert inputs["nickname"] == {"name": "nickname", "missing": True, "categories": []}
     said = capsys.readouterr().out
     assert "column sold (most of it looks like numbers, but not unknown in row 1): left out" in said
@@ -490,13 +513,14 @@ def test_repeated_rows_are_said_and_fifty_categories_kept(tmp_path: Path, capsys
 
 
 def test_spaces_after_commas_and_blank_first_lines_do_not_count(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text('\nid, a b, "c"\n1, x, 2\n')
-    frame = mlp.read_table(str(tmp_path / "t.csv"), ["c"])
-    assert frame.to_dict("list") == {"id": [1], "a b": ["x"], "c": [2]}
+    for text, expected in (('id, a b, "c"\n1, x, 2\n', {"id": [1], "a b": ["x"], "c": [2]}), ("c\n5\n", {"c": [5]})):
+        (tmp_path / "t.csv").write_text("\n\n" + text)
+        assert mlp.read_table(str(tmp_path / "t.csv"), ["c"]).to_dict("list") == expected
 
 
 @pytest.mark.parametrize(
-    ("values", "first"), [(["7,134", "750", "5,658"], "7,134"), (["45%", "3%", "9"], "45%"), (["$3", "$4", "$5"], "$3")]
+    ("values", "first"),
+    [(["7,134", "750", "5,658"], "7,134"), (["45%", "3%", "9"], "45%"), (["3 €", "$4", "?"], "3 €")],
 )
 def test_text_that_looks_like_numbers_is_said(
     values: list[str], first: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -605,6 +629,7 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
         ("--data empty.csv --target b", "--data empty.csv: not a CSV file"),
         ("--data header.csv --target b", "0 rows are too few"),
         ("--evaluate model.pt --data fewer.csv", "there is no column 'area' among 'rooms'"),
+        ("--evaluate model.pt --data far.csv", "column area has 1e+35 in row 40: must be a number between -4.7"),
         ("--evaluate model.pt --data houses.csv --model linear", "model.pt was started with mlp"),
         ("--run-name whole --resume --data houses.csv --target price --epochs 2", "houses.csv has changed since"),
     ],
@@ -628,6 +653,7 @@ def test_bad_input_of_regression(
     frame.drop(columns=["area", "city"]).to_csv("fewer.csv", index=False)
     Path("twice.csv").write_text("area, area,price\n1,2,3\n")
     frame.assign(area=frame["area"].where(frame.index != 39, 1e39)).to_csv("huge.csv", index=False)
+    frame.assign(area=frame["area"].where(frame.index != 39, 1e35)).to_csv("far.csv", index=False)
     days = pd.date_range("2024-01-01", periods=len(frame)).strftime("%Y-%m-%d")
     frame[["price"]].assign(day=days).to_csv("dates.csv", index=False)
     Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")

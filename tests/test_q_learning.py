@@ -105,7 +105,8 @@ def test_linear_values_begin_at_0_and_alpha_is_the_part_of_an_error_that_goes(fe
 
 
 class Corridor(gym.Env):
-    """Places 0 to 4; action 1 goes up, 0 down. The end at 4 is terminal; each step costs 1."""
+    """Places 0 to 4; action 1 goes up, 0 down. The end at 4 is terminal; each step costs 1. It gives one array again
+    and again."""
 
     metadata = {"render_modes": []}  # noqa: RUF012
     observation_space, action_space = gym.spaces.Box(0, 4, (1,)), gym.spaces.Discrete(2)
@@ -115,11 +116,12 @@ class Corridor(gym.Env):
         super().reset(seed=seed)
         self.place = int(self.np_random.integers(4))
         self.starts.append(self.place)
-        return np.float32([self.place]), {}
+        self.obs = np.float32([self.place])
+        return self.obs, {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.place = max(0, self.place + 2 * action - 1)
-        return np.float32([self.place]), -1.0, self.place == 4, False, {}
+        self.obs[0] = self.place = max(0, self.place + 2 * action - 1)
+        return self.obs, -1.0, self.place == 4, False, {}
 
 
 class Noisy(Corridor):
@@ -130,6 +132,13 @@ class Noisy(Corridor):
         return obs, np.random.default_rng().random(), *rest
 
 
+class Elsewhere(Corridor):
+    """Draws where it goes to from another generator."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.random.default_rng().random(1), *super().step(action)[1:]
+
+
 class From1(Corridor):
     """Has actions 1 and 2."""
 
@@ -138,6 +147,7 @@ class From1(Corridor):
 
 gym.register("Corridor-v0", "test_q_learning:Corridor", max_episode_steps=3)
 gym.register("Noisy-v0", "test_q_learning:Noisy", max_episode_steps=3)
+gym.register("Elsewhere-v0", "test_q_learning:Elsewhere", max_episode_steps=3)
 gym.register("From1-v0", "test_q_learning:From1")
 
 
@@ -267,9 +277,9 @@ def test_bairds_star_with_a_target_network(tmp_path: Path) -> None:
     np.testing.assert_allclose(weights, w)
 
 
-@pytest.mark.parametrize("env_id", ["Corridor-v0", "Noisy-v0"])
+@pytest.mark.parametrize("env_id", ["Corridor-v0", "Noisy-v0", "Elsewhere-v0"])
 def test_an_environment_that_does_not_repeat_is_not_resumed(env_id: str, capsys: pytest.CaptureFixture) -> None:
-    """Here its rewards; one that does repeat is."""
+    """Its rewards, or its observations; one that does repeat is."""
     env, restored = (ql.make_discrete_env(ql.Args(env_id=env_id)) for _ in range(2))
     env.reset(seed=1)
     env.step(0)
@@ -310,14 +320,14 @@ class Faulty(gym.Env):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         return (
             np.full(1 if "Shape" in self.spec.id else 2, np.nan if "Obs" in self.spec.id else 0.0),
-            np.nan if "Reward" in self.spec.id else 0.0,
+            {"R": np.nan, "L": 1e39}.get(self.spec.id[6], 0.0),
             False,
             False,
             {},
         )
 
 
-@pytest.mark.parametrize("what", ["Start", "Obs", "Reward", "Shape"])
+@pytest.mark.parametrize("what", ["Start", "Obs", "Reward", "Large", "Shape"])
 def test_an_environment_that_gives_no_number_is_named(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +336,7 @@ def test_an_environment_that_gives_no_number_is_named(
     flags = ["--env-id", f"Faulty{what}-v0", "--total-timesteps", "100"]
     message = message_of(ql, flags, capsys, monkeypatch)
     assert f"--env-id Faulty{what}-v0: gave observation [" in message
-    assert ("nan" in message) == (what != "Shape")
+    assert ("nan" in message) == (what not in ("Large", "Shape"))
     assert "learning-rate" not in message
 
 

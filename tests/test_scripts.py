@@ -23,6 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
+import gymnasium as gym
 import imageio
 import numpy as np
 import pytest
@@ -511,18 +512,26 @@ def test_evaluation_repeats_and_records_video(script: str, finished: Path, tmp_p
 
 
 @pytest.mark.parametrize("script", [name for name in AGENTS if "atari" not in name], indirect=True)
-def test_an_evaluation_ends_where_an_episode_does_not(
+def test_an_evaluation_has_its_own_seed_and_ends_where_an_episode_does_not(
     script: str, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After so many steps; Atari's, after so many frames by ALE's own limit."""
+    """After so many steps; Atari's, after so many frames by ALE's own limit. One seed is for all episodes."""
     module, content = importlib.import_module(script), torch.load(finished / "model.pt", weights_only=True)
-    args = module.Args(**content["args"])
-    taken = []
+    args, taken, seeds, reset = module.Args(**content["args"]), [], [], gym.Env.reset
+
+    def seeded(env: gym.Env, *, seed: int | None = None, options: dict | None = None) -> None:
+        seeds.append(seed)
+        reset(env, seed=seed, options=options)
+
+    monkeypatch.setattr(gym.Env, "reset", seeded)
+    args.eval_episodes = 2
     for limit in (1, 2, 10**9):
         monkeypatch.setattr(module, "EVAL_MAX_STEPS", limit)
         taken.append(module.evaluate(args, content, torch.device("cpu"), None)["eval_return_mean"])
     assert len(set(taken)) == 3
     assert taken[0] > taken[1] > taken[2]
+    assert [seed for seed in seeds if seed is not None] == [args.seed + 1_000_000] * 3
+    assert len(seeds) >= 6
 
 
 @few_only
@@ -810,7 +819,7 @@ def test_more_memory_than_there_is(
     assert not list(tmp_path.glob("runs/*"))
 
 
-BOUNDS_EVERYWHERE = ["--seed -1", "--seed 9999999999999999999999", "--checkpoint-frequency -1", "--device tpu"]
+BOUNDS_EVERYWHERE = ["--seed -1", "--seed 2000000000000", "--checkpoint-frequency -1", "--device tpu"]
 BOUNDS = {
     "dqn_atari": ["--train-frequency 0", "--sticky-actions 25", "--exploration-fraction nan", "--loss mae"],
     "ddpg_continuous": ["--tau 1.5", "--exploration-noise -1", "--hidden-sizes 0 1", "--hidden-sizes 8"],
