@@ -322,7 +322,7 @@ class FrameMemory:
 
     @property
     def oldest(self) -> int:
-        """The first screen whose observation is still whole."""
+        """The first screen before which three are still there."""
         return self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
 
     def draw(self, batch_size: int) -> np.ndarray:
@@ -398,9 +398,9 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     rng, device = run.rng, run.device
     env = make_atari(args, rng)
     # 1: initialise replay memory D to capacity N
-    capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
-    spare = min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
-    slots = capacity + 2 * spare  # a step stores one screen or two
+    most = 2 * args.total_timesteps + STACK + 1  # screens of a run: a step stores one or two
+    capacity = min(args.buffer_size, most)
+    slots = min(capacity + 2 * (args.checkpoint_frequency or args.total_timesteps), most)
     screens = run.map_file("screens", np.uint8, (slots, FRAME_SIZE, FRAME_SIZE))
     memory = FrameMemory(capacity, screens, run.map_file("steps", FrameMemory.STEP, (slots,)), rng, device)
     # 2: initialise action-value network Q with random weights

@@ -32,7 +32,7 @@ Differs from the paper:
 - By default 1,000,000 steps, not 50,000,000. beta grows from step 1 to the run's last (DQN Zoo: from the first update).
 - A lost life is terminal, as theirs, but leaves its last screens in the next life's first observations.
 - As in DeepMind's published code (DQN Zoo) the gradient's norm is clipped to 10, and the loss in a priority to 100.
-  (There it is the cross-entropy, which is more by the entropy of the target, and nearly the same for all.)
+  (There a priority is of the cross-entropy: more by the entropy of the target, and so nearly the same for all.)
 - The noisy last layers' biases start at 0 (DQN Zoo's have no mu): with random ones, one action would be the best in
   nearly every state, by more than the noise.
 - A transition with fewer than n steps ahead of it, before an end or the newest screen, is drawn with those it has. At
@@ -155,7 +155,7 @@ class Args:
     end_e: Fraction = 0.01
     """epsilon of the exploration at its end, without noisy nets"""
     exploration_fraction: Fraction = 0.1
-    """part of the run over which epsilon falls from start to end"""
+    """part of the run over which epsilon falls from start to end, without noisy nets"""
     learning_starts: Count = 20_000
     """agent steps before the first update"""
     train_frequency: Count = 4
@@ -390,7 +390,7 @@ class FrameMemory:
 
     @property
     def oldest(self) -> int:
-        """The first screen whose observation is still whole."""
+        """The first screen before which three are still there."""
         return self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
 
     def draw(self, batch_size: int) -> np.ndarray:
@@ -560,9 +560,9 @@ def train(args: Args, run: Run) -> dict[str, RainbowNetwork]:
     rng, device = run.rng, run.device
     env = make_atari(args, rng)
     # 1: initialise replay memory D to capacity N
-    capacity = min(args.buffer_size, 2 * args.total_timesteps + STACK + 1)  # a run stores no more
-    spare = min(args.checkpoint_frequency or args.total_timesteps, args.total_timesteps)
-    slots = capacity + 2 * spare  # a step stores one screen or two
+    most = 2 * args.total_timesteps + STACK + 1  # screens of a run: a step stores one or two
+    capacity = min(args.buffer_size, most)
+    slots = min(capacity + 2 * (args.checkpoint_frequency or args.total_timesteps), most)
     screens = run.map_file("screens", np.uint8, (slots, FRAME_SIZE, FRAME_SIZE))
     ring = capacity, screens, run.map_file("steps", FrameMemory.STEP, (slots,)), rng, device
     memory = RainbowMemory(*ring, n_step=args.n_step, gamma=args.gamma, prioritised=args.prioritised_replay)

@@ -457,6 +457,8 @@ def test_only_a_terminal_state_stops_the_bootstrap(
     for step, (row, following) in enumerate(itertools.pairwise(stored), start=1):
         assert np.array_equal(row[4], following[0]) == (step not in ends)  # the episode's own last state
         assert not np.array_equal(row[0], row[4])
+    starts = [0, *(step for step in ends if step < 120)]
+    assert len({tuple(stored[start][0]) for start in starts}) == len(starts)  # each episode begins elsewhere
 
 
 def test_four_updates_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,9 +331,17 @@ def test_seven_updates_by_hand(
     The optimizers are the textbook's formulas, of RMSProp the paper's; the networks are functions of weights.
     """
     play(dqn, Catch)
-    batches, sample = [], dqn.FrameMemory.sample
+    batches, sample, evaluated = [], dqn.FrameMemory.sample, []
     monkeypatch.setattr(dqn.FrameMemory, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
-    flags = {"total_timesteps": 44, "learning_starts": 32, "train_frequency": 2, "target_network_frequency": 5}
+    monkeypatch.setattr(dqn, "evaluate", lambda _, model, *__: evaluated.append(copy.deepcopy(model)) or {})
+    monkeypatch.setattr(dqn, "LOG_FREQUENCY", 1)
+    flags = {
+        "total_timesteps": 44,
+        "eval_frequency": 34,
+        "learning_starts": 32,
+        "train_frequency": 2,
+        "target_network_frequency": 5,
+    }
     flags |= {"optimizer": optimizer, "loss": loss, "learning_rate": 1e-3, "optimizer_eps": 1e-2}
     flags |= {"gamma": 0.9, "batch_size": 20}
     run = make_run(tmp_path, **flags)
@@ -341,15 +349,18 @@ def test_seven_updates_by_hand(
     weights = [weight.detach().clone() for weight in dqn.QNetwork(3).parameters()]
     torch.manual_seed(7)
     model = dqn.train(run.args, run)
-    target, first, second = copy.deepcopy(weights), [0.0] * 10, [0.0] * 10
+    target, first, second, logged = copy.deepcopy(weights), [0.0] * 10, [0.0] * 10, []
     assert len(batches) == 7
     for count, (step, batch) in enumerate(zip(range(32, 46, 2), batches, strict=True), start=1):
         obs, action, reward, next_obs, terminated = batch
         y = reward + 0.9 * (1 - terminated) * papers_network(target, next_obs).max(dim=1).values
         variables = [weight.requires_grad_() for weight in weights]
-        error = y - papers_network(variables, obs)[range(20), action]
+        q_value = papers_network(variables, obs)[range(20), action]
+        error = y - q_value
         clipped = torch.where(error.abs() < 1, error**2 / 2, error.abs() - 0.5)
-        gradients = torch.autograd.grad((error**2 if loss == "mse" else clipped).sum() / 20, variables)
+        mean = (error**2 if loss == "mse" else clipped).sum() / 20
+        logged.append((mean.item(), q_value.mean().item()))
+        gradients = torch.autograd.grad(mean, variables)
         weights = [weight.detach() for weight in weights]
         for i, g in enumerate(gradients):
             if optimizer == "adam":
@@ -359,9 +370,15 @@ def test_seven_updates_by_hand(
             else:
                 first[i], second[i] = 0.95 * first[i] + 0.05 * g, 0.95 * second[i] + 0.05 * g**2
                 weights[i] = weights[i] - 1e-3 * g / (second[i] - first[i] ** 2 + 1e-2).sqrt()
+        if step == 34:
+            for ours, theirs in zip(evaluated[0]["q_network"].values(), weights, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-7)
         if step in (34, 40):  # copied at 35, before the update at 36, and at 40, after that one
             target = copy.deepcopy(weights)
     assert {float(t) for batch in batches for t in batch[4]} == {0.0, 1.0}
+    run.writer.flush()
+    said = zip(scalars(run.dir, "losses/td_loss"), scalars(run.dir, "losses/q_values"), strict=True)
+    np.testing.assert_allclose([(loss, q_value) for (_, loss), (_, q_value) in said], logged, rtol=1e-4, atol=1e-6)
     parts = torch.load(run.dir / "checkpoint.pt", weights_only=True)["parts"]
     assert all(
         torch.equal(w, v) for w, v in zip(model["q_network"].parameters(), parts["q_network"].values(), strict=1)
@@ -424,24 +441,25 @@ class Ends(Catch):
         return self.screen(), 5.0, terminated, truncated, {"life_lost": self.t % 6 == 3}
 
 
+@pytest.mark.parametrize(("script", "flags"), [(dqn, {}), (rainbow, {"noisy_nets": False, "small_network": True})])
 def test_terminal_states_and_rewards_that_the_loop_stores(
-    tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, flags: dict, tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lost life and a game's end are terminal, a time limit is not; rewards are clipped, scores are not.
 
-    All actions are drawn; a game begins where one ended, and the memory has space for its first screens too.
+    All actions are drawn; a game begins where one ended; between two checkpoints there is space for two screens a step.
     """
-    play(dqn, Ends)
-    stored, append = [], dqn.FrameMemory.append
-    monkeypatch.setattr(dqn.FrameMemory, "append", lambda *row: stored.append(row) or append(*row))
-    run = make_run(tmp_path, total_timesteps=48, learning_starts=48, eval_episodes=2, end_e=1.0)
-    figures = run.finish(dqn.train(run.args, run))
+    play(script, Ends)
+    stored, append = [], script.FrameMemory.append
+    monkeypatch.setattr(script.FrameMemory, "append", lambda *row: stored.append(row) or append(*row))
+    flags |= {"total_timesteps": 48, "learning_starts": 48, "buffer_size": 40, "checkpoint_frequency": 10}
+    run = make_run(tmp_path, script, **flags, eval_episodes=2, end_e=1.0)
+    figures = run.finish(script.train(run.args, run))
     assert [bool(terminated) for *_, terminated, _ in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
     assert {action for _, action, *_ in stored} == {0, 1, 2}
     assert {reward for _, _, reward, *_ in stored} == {1.0}
     memory = stored[0][0]
-    assert memory.count == 1 + 48 + 8 <= memory.capacity
-    assert memory.slots - memory.capacity >= 48 + 8
+    assert (memory.count, memory.capacity, memory.slots) == (1 + 48 + 8, 40, 40 + 2 * 10)
     assert json.loads((run.dir / "result.json").read_text())["train_return_mean"] == 30.0
     assert figures == {"eval_return_mean": 30.0, "eval_return_std": 0.0, "eval_episodes": 2}
 
@@ -502,6 +520,32 @@ def test_evaluation_stacks_screens_as_the_memory_does(
     assert taken == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("script", "network", "args"), NETWORKS)
+def test_figures_and_seed_of_an_evaluation(
+    script: ModuleType, network: torch.nn.Module, args: object, play: Callable
+) -> None:
+    """Mean and deviation of three scores by hand; its own seed, for the first game alone."""
+    returns, seeds = [2.0, 5.0, 11.0], []
+
+    class Scores(Catch):
+        def reset(self, *, seed: int | None = None, **options: object) -> tuple[np.ndarray, dict]:
+            seeds.append(seed)
+            assert (
+                len(seeds) > 1 or self.rng.bit_generator.state == np.random.default_rng(1_000_007).bit_generator.state
+            )
+            return super().reset(**options)
+
+        def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+            screen, _, *rest = super().step(action)
+            return screen, returns[len(seeds) - 1] / 3, *rest
+
+    play(script, Scores)
+    args = dataclasses.replace(args, seed=7, eval_episodes=3)
+    figures = script.evaluate(args, {"q_network": network.state_dict()}, CPU, None)
+    assert figures == pytest.approx({"eval_return_mean": 6.0, "eval_return_std": 14**0.5, "eval_episodes": 3})
+    assert seeds == [1_000_007, None, None]
+
+
 @pytest.mark.parametrize(("script", "limit"), [(dqn, 18_000), (rainbow, 108_000)])
 def test_evaluation_plays_other_games_than_the_training(
     script: ModuleType, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -530,7 +574,9 @@ def test_evaluation_plays_other_games_than_the_training(
     run.finish(script.train(run.args, run))
     (seed, noops), (other_seed, other_noops) = begun[0][0], begun[1][0]
     assert None not in (seed, other_seed)
-    assert begun[1][1][0] is None  # the second game goes on with the first one's random numbers
+    assert {seed for games in begun for seed, _ in games[1:]} == {
+        None
+    }  # they go on with the first one's random numbers
     assert seed != other_seed
     assert noops != other_noops
     assert [ale.getFloat("repeat_action_probability") for ale in made] == [0.25, 0.25]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from common import SHORT, Catch, message_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -156,6 +157,9 @@ def test_draws_and_weights_follow_priorities() -> None:
     for i in range(100):
         memory.append(i % 18, float(i), False, shade(i + 1))
     assert (memory.tree.levels[0].flat[:100] == 1).all()  # before the first loss, as in DQN Zoo
+    places, _ = memory.sample(50, 1.0)  # of equal priorities one of every two, not always the same
+    assert (places // 2 == np.arange(50)).all()
+    assert set(places % 2) == {0, 1}
     loss = torch.linspace(0, 4, 100)
     memory.update(np.arange(100), loss)
     probability = np.sqrt(loss.numpy() + 1e-6) / np.sqrt(loss.numpy() + 1e-6).sum()
@@ -175,6 +179,10 @@ def test_draws_and_weights_follow_priorities() -> None:
     assert memory.tree.levels[0].flat[101] == pytest.approx(2.0, rel=1e-6)  # also when it is there no more
     memory.update(np.arange(1), torch.tensor([400.0]))
     assert memory.tree.levels[0].flat[0] == pytest.approx(10.0)  # of a loss clipped to 100
+    restored = make_memory(200, 10, 1, prioritised=True)
+    restored.load_state_dict(memory.state_dict())
+    restored.append(0, 0.0, False, shade(103))
+    assert restored.tree.levels[0].flat[102] == pytest.approx(10.0)
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -233,6 +241,28 @@ def test_sizes_are_the_papers() -> None:
     small = [(32, 4, 5, 5), (64, 32, 5, 5), (256, 576), (306, 256), (256, 576), (51, 256)]
     assert shapes(small_network=True) == small
     assert rainbow.RainbowNetwork(6, rainbow.Args(noisy_sigma=0.3)).value[0].sigma.weight[0, 0] == 0.3 / 3136**0.5
+
+
+def test_the_small_network_is_its_formula() -> None:
+    """Without tricks: two convolutions and two layers, all but the last with a ReLU."""
+    flags = {"small_network": True, "noisy_nets": False, "dueling": False, "distributional": False}
+    network = rainbow.RainbowNetwork(3, rainbow.Args(**flags))
+    w1, b1, w2, b2, w3, b3, w4, b4 = (weight.double() for weight in network.parameters())
+    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    x = F.conv2d(obs.double() / 255, w1, b1, stride=5).clamp(0)
+    x = F.conv2d(x, w2, b2, stride=5).clamp(0).flatten(1)
+    expected = (x @ w3.T + b3).clamp(0) @ w4.T + b4
+    torch.testing.assert_close(network(obs)[..., 0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_explores_in_an_evaluation_and_no_epsilon(play: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks in each of the three steps of 100 games."""
+    looked = []
+    play(rainbow, Catch)
+    monkeypatch.setattr(rainbow.RainbowNetwork, "act", lambda *_: looked.append(1) or 0)
+    args = rainbow.Args(small_network=True, eval_episodes=100)
+    rainbow.evaluate(args, {"q_network": rainbow.RainbowNetwork(3, args).state_dict()}, CPU, None)
+    assert len(looked) == 300
 
 
 # --- The update -------------------------------------------------------------------------------------------------------
@@ -364,11 +394,11 @@ def test_what_the_loop_does(tmp_path: Path, play: Callable, monkeypatch: pytest.
 @pytest.mark.parametrize("distributional", [True, False])
 def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, new priorities and logged values of three updates, against the weighted mean written out, with weights
-    of our own."""
+    of our own; after the second an evaluation of the same network."""
     play(rainbow, Catch)
     sample, targets = rainbow.RainbowMemory.sample, rainbow.targets
     step, update = torch.optim.Adam.step, rainbow.RainbowMemory.update
-    now, seen = {}, []
+    now, seen, evaluated = {}, [], []
 
     def watch_sample(memory: rainbow.RainbowMemory, size: int, beta: float) -> tuple:
         places, (*batch, _) = sample(memory, size, beta)
@@ -394,7 +424,7 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, m
                 (abs((row - t).item()) + 1e-6) ** 0.5 for row, t in zip(rows, now["target"], strict=True)
             ]
         values = [row.softmax(0) @ torch.linspace(-10, 10, 51) if distributional else row.sum() for row in rows]
-        now["value"] = sum(value.item() for value in values) / 8
+        now["logged"] = [sum(value.item() for value in values) / 8, sum(loss.item() for loss in losses) / 8]
         mean = sum((i + 1) / 8 * loss for i, loss in enumerate(losses)) / 8
         weights = list(now["network"].parameters())
         for weight, gradient in zip(weights, torch.autograd.grad(mean, weights), strict=True):
@@ -409,18 +439,26 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, m
 
     def watch_log(_: rainbow.Run, scalars: dict) -> None:
         if "losses/q_values" in scalars:
-            assert scalars["losses/q_values"].item() == pytest.approx(now["value"], rel=1e-3, abs=1e-5)
+            said = [scalars["losses/q_values"].item(), scalars["losses/td_loss"].item()]
+            assert said == pytest.approx(now["logged"], rel=1e-3, abs=1e-5)
+
+    def watch_evaluate(_: object, model: dict, *__: object) -> dict:
+        network = now["network"].state_dict()
+        evaluated.append(all(torch.equal(weight, network[name]) for name, weight in model["q_network"].items()))
+        return {}
 
     monkeypatch.setattr(rainbow.Run, "log", watch_log)
     monkeypatch.setattr(rainbow.RainbowMemory, "sample", watch_sample)
     monkeypatch.setattr(rainbow, "targets", watch_targets)
+    monkeypatch.setattr(rainbow, "evaluate", watch_evaluate)
     monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
     monkeypatch.setattr(rainbow.RainbowMemory, "update", watch_update)
     flags = {"total_timesteps": 48, "learning_starts": 40, "batch_size": 8, "noisy_nets": False, "max_grad_norm": 1e9}
-    run = make_run(tmp_path, **flags, distributional=distributional)
+    run = make_run(tmp_path, **flags, distributional=distributional, eval_frequency=44)
     rainbow.train(run.args, run)
     run.writer.close()
     assert len(seen) == 3
+    assert evaluated == [True]
 
 
 def test_it_learns_to_catch(tmp_path: Path, play: Callable) -> None:
