@@ -322,7 +322,7 @@ class FrameMemory:
 
     @property
     def oldest(self) -> int:
-        """The first screen before which three are still there."""
+        """The first screen that may be drawn: the three before it are still there."""
         return self.count - self.capacity + STACK - 1 if self.count > self.capacity else 0
 
     def draw(self, batch_size: int) -> np.ndarray:
@@ -398,7 +398,7 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     rng, device = run.rng, run.device
     env = make_atari(args, rng)
     # 1: initialise replay memory D to capacity N
-    most = 2 * args.total_timesteps + STACK + 1  # screens of a run: a step stores one or two
+    most = 2 * args.total_timesteps + STACK + 1  # screens that a run stores: one or two a step
     capacity = min(args.buffer_size, most)
     slots = min(capacity + 2 * (args.checkpoint_frequency or args.total_timesteps), most)
     screens = run.map_file("screens", np.uint8, (slots, FRAME_SIZE, FRAME_SIZE))

@@ -589,6 +589,9 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
     parts, _ = mlp.make_data(made_args(dataset="circle", seed=4))
     baseline = ((parts["test"][1] - parts["training"][1].mean()) ** 2).mean()
     assert f"test_baseline_mse {baseline:.6g}," in trained.stdout
+    table = run("mlp_regression", "--evaluate", "runs/spiral/model.pt", "--data", "t.csv", cwd=tmp_path)
+    assert (table.returncode, table.stderr.count("\n")) == (2, 1)
+    assert "was trained on --dataset circle, and predicts from no table" in table.stderr
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
