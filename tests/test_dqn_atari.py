@@ -328,6 +328,7 @@ def test_seven_updates_by_hand(
 ) -> None:
     """Weights after updates at steps 32, 34, ... 44 on the minibatches that the memory gave, copied at 35 and 40.
 
+    Logged values too, and the network that is evaluated at step 34.
     The optimizers are the textbook's formulas, of RMSProp the paper's; the networks are functions of weights.
     """
     play(dqn, Catch)
@@ -335,15 +336,9 @@ def test_seven_updates_by_hand(
     monkeypatch.setattr(dqn.FrameMemory, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
     monkeypatch.setattr(dqn, "evaluate", lambda _, model, *__: evaluated.append(copy.deepcopy(model)) or {})
     monkeypatch.setattr(dqn, "LOG_FREQUENCY", 1)
-    flags = {
-        "total_timesteps": 44,
-        "eval_frequency": 34,
-        "learning_starts": 32,
-        "train_frequency": 2,
-        "target_network_frequency": 5,
-    }
+    flags = {"total_timesteps": 44, "learning_starts": 32, "train_frequency": 2, "target_network_frequency": 5}
     flags |= {"optimizer": optimizer, "loss": loss, "learning_rate": 1e-3, "optimizer_eps": 1e-2}
-    flags |= {"gamma": 0.9, "batch_size": 20}
+    flags |= {"gamma": 0.9, "batch_size": 20, "eval_frequency": 34}
     run = make_run(tmp_path, **flags)
     torch.manual_seed(7)
     weights = [weight.detach().clone() for weight in dqn.QNetwork(3).parameters()]
@@ -452,8 +447,8 @@ def test_terminal_states_and_rewards_that_the_loop_stores(
     play(script, Ends)
     stored, append = [], script.FrameMemory.append
     monkeypatch.setattr(script.FrameMemory, "append", lambda *row: stored.append(row) or append(*row))
-    flags |= {"total_timesteps": 48, "learning_starts": 48, "buffer_size": 40, "checkpoint_frequency": 10}
-    run = make_run(tmp_path, script, **flags, eval_episodes=2, end_e=1.0)
+    sizes = {"total_timesteps": 48, "learning_starts": 48, "buffer_size": 40, "checkpoint_frequency": 10}
+    run = make_run(tmp_path, script, **sizes, **flags, eval_episodes=2, end_e=1.0)
     figures = run.finish(script.train(run.args, run))
     assert [bool(terminated) for *_, terminated, _ in stored] == [t % 6 == 3 or t % 12 == 0 for t in range(1, 49)]
     assert {action for _, action, *_ in stored} == {0, 1, 2}
@@ -524,15 +519,13 @@ def test_evaluation_stacks_screens_as_the_memory_does(
 def test_figures_and_seed_of_an_evaluation(
     script: ModuleType, network: torch.nn.Module, args: object, play: Callable
 ) -> None:
-    """Mean and deviation of three scores by hand; its own seed, for the first game alone."""
-    returns, seeds = [2.0, 5.0, 11.0], []
+    """Mean and deviation of three scores by hand; its own seed, for its generator and for the first game alone."""
+    returns, seeds, expected = [2.0, 5.0, 11.0], [], np.random.default_rng(1_000_007).bit_generator.state
 
     class Scores(Catch):
         def reset(self, *, seed: int | None = None, **options: object) -> tuple[np.ndarray, dict]:
             seeds.append(seed)
-            assert (
-                len(seeds) > 1 or self.rng.bit_generator.state == np.random.default_rng(1_000_007).bit_generator.state
-            )
+            assert len(seeds) > 1 or self.rng.bit_generator.state == expected
             return super().reset(**options)
 
         def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -574,9 +567,8 @@ def test_evaluation_plays_other_games_than_the_training(
     run.finish(script.train(run.args, run))
     (seed, noops), (other_seed, other_noops) = begun[0][0], begun[1][0]
     assert None not in (seed, other_seed)
-    assert {seed for games in begun for seed, _ in games[1:]} == {
-        None
-    }  # they go on with the first one's random numbers
+    later = {seed for games in begun for seed, _ in games[1:]}
+    assert later == {None}  # they go on with the first one's random numbers
     assert seed != other_seed
     assert noops != other_noops
     assert [ale.getFloat("repeat_action_probability") for ale in made] == [0.25, 0.25]
