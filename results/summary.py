@@ -82,7 +82,8 @@ def write_curves(run_dir: Path) -> None:
             raise ValueError("event files are damaged: they do not end as result.json says")
         if len(points) or name == "returns.csv":
             size = -(-len(points) // MAX_ROWS) or 1
-            blocks = [points[start : start + size] for start in range(0, len(points), size)]
+            ends = range(len(points) % size or size, len(points) + 1, size)  # fewer in the first row, if in any
+            blocks = [points[max(end - size, 0) : end] for end in ends]
             lines = [f"{block[-1, 0]:.0f},{block[:, 1].mean():.6g}" for block in blocks]
             write(run_dir / name, "\n".join([f"step,{column}", *lines, ""]).encode())
 
