@@ -126,13 +126,17 @@ workers=$((workers < 1 ? 1 : workers < total ? workers : total))
 export OMP_NUM_THREADS=${threads:-$((cores / workers > 0 ? cores / workers : 1))}
 
 # However the sweep ends, its runs end with it, each with a checkpoint.
-stop() {
-  [[ ${BASHPID-$$} == "$$" ]] || exit 130 # a child just forked may hear the signal too
-  trap '' INT TERM HUP PIPE EXIT
-  printf '\nstopping ...\n' >&2 || true
+end() {
   # shellcheck disable=SC2046
   kill -TERM $(jobs -p) 2>/dev/null || true
-  wait
+}
+stop() {
+  [[ ${BASHPID-$$} == "$$" ]] || exit 130 # a child just forked may hear the signal too
+  trap '' PIPE EXIT
+  trap end INT TERM HUP # a second signal reaches the runs too, which it ends at once
+  printf '\nstopping ...\n' >&2 || true
+  end
+  until wait; do :; done
   echo "stopped; the same command goes on" >&2 || true
   exit 130
 }

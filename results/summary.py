@@ -9,12 +9,12 @@ Where the folder has no run but its folders do (runs/tau/0.005/NAME, runs/tau/0.
 Runs that differ in more than the seed are told apart; a flag that a script of then did not have tells nothing. Of runs
 that differ in nothing one counts. Curves are those of finished runs.
 Algorithms that trained in the same environment are also drawn together, against steps and against hours: those that the
-steps take at the rate of the fastest seed, for the others may have shared the machine.
+steps from the first update on take at the rate of the fastest seed, for the others may have shared the machine.
 
 Of fewer than five seeds each one's value and curve. Of five and more the mean and its 95 % bootstrap interval
 (percentile; of five normal values it covers the true mean in 84 of 100 cases). For the 57 Atari games that the
 literature normalises (atari_random_human.csv, from DQN Zoo) the score relative to a random player, 0 %, and a human,
-100 %; from two games of five seeds and the same flags on, also its interquartile mean over all their runs, with an
+100 %; from two games of five seeds, one folder and the same flags on, also its interquartile mean over all their runs, with an
 interval from samples of seeds within each game (Agarwal et al. 2021).
 """
 
@@ -222,7 +222,7 @@ def over_games(groups: dict[tuple[str, str, str], list[dict]]) -> list[str]:
         scores = [run["score"] for run in runs if run["finished"] and run["score"] is not None]
         flags = {name: str(value) for name, value in runs[0]["args"].items() if name not in {*SAME_ALGORITHM, "env_id"}}
         if len(scores) >= SEEDS:
-            alike[script, *flags.items()][environment] = variant, scores
+            alike[script, runs[0]["folder"].parent, *flags.items()][environment] = variant, scores
     lines, rng = [], np.random.default_rng(0)
     for (script, *_), games in alike.items():
         if len(games) > 1:
@@ -272,14 +272,16 @@ def draw_curves(axes: Axes, curves: dict[str, list[dict]], *, regression: bool, 
         width = total / 200 if regression else total / 25
         returns = np.array([smooth(*run["returns"].T, grid, width) for run in runs])
         grid, returns = grid[np.isfinite(returns).all(axis=0)], returns[:, np.isfinite(returns).all(axis=0)]
-        x = grid / (max(run["rate"] or 0 for run in runs) or np.nan) / 3600 if in_hours else grid
+        if in_hours:  # the rate is that of the steps from the first update on; those before it take next to no time
+            grid = np.where(grid > (starts := runs[0]["args"].get("learning_starts", 0)), grid - starts, np.nan)
+            grid /= 3600 * (max(run["rate"] or 0 for run in runs) or np.nan)
         label = label.replace("$", r"\$")  # no mathematics
         label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-        axes.plot(x, returns.mean(axis=0), color=f"C{index}", linewidth=2, label=label)
+        axes.plot(grid, returns.mean(axis=0), color=f"C{index}", linewidth=2, label=label)
         if len(runs) >= SEEDS:
-            axes.fill_between(x, *interval(returns), color=f"C{index}", alpha=0.2, linewidth=0)
+            axes.fill_between(grid, *interval(returns), color=f"C{index}", alpha=0.2, linewidth=0)
         elif len(runs) > 1:
-            axes.plot(x, returns.T, color=f"C{index}", linewidth=0.6, alpha=0.5)
+            axes.plot(grid, returns.T, color=f"C{index}", linewidth=0.6, alpha=0.5)
     axes.grid(alpha=0.3)
 
 

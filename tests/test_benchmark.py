@@ -168,6 +168,24 @@ def test_interrupted_it_ends_its_runs_with_checkpoints(signum: signal.Signals, r
     assert [path.name for path in here.glob("runs/*__*")] == NAMES[:1]
 
 
+def test_a_second_signal_ends_runs_in_a_long_step(here: Path) -> None:
+    (here / "long.py").write_text("""
+import signal, time
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(print(len(heard), "heard", flush=True)))
+print("ready", flush=True)
+while len(heard) < 2:
+    time.sleep(0.02)
+""")
+    process = start("long.py", "--env-ids", "x", "--seeds", 1, cwd=here, stdout=subprocess.DEVNULL)
+    log = here / "runs" / "logs" / "x__long__1.log"
+    for word in ("ready", "0 heard"):
+        wait_until(lambda word=word: log.exists() and word in log.read_text())
+        process.terminate()
+    assert process.wait(timeout=60) == 130
+    assert "1 heard" in log.read_text()
+
+
 def test_tables_of_ones_own_and_a_run_that_fails_stops_no_other(here: Path) -> None:
     (here / "my data").mkdir()
     rows = "".join(f"{i},{i % 7},{2 * i + i % 7}\n" for i in range(60))
@@ -455,7 +473,7 @@ def test_the_table_by_hand(seeds: int, tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_interquartile_mean_is_over_games_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of 2 x 5 scores 2.5 are cut off at each end, that is two.
 
-    A game of fewer than five seeds does not count, nor do runs with other flags.
+    A game of fewer than five seeds does not count, nor do runs with other flags or of another folder.
     """
     scores = {("Pong", 3): [0, 10, 20, 30, 40], ("Breakout", 3): [25, 35, 45, 55, 75], ("BeamRider", 3): [1, 2]}
     scores |= {("Pong", 1): [90] * 5, ("Boxing", 7): [99] * 5}
@@ -475,6 +493,11 @@ def test_the_interquartile_mean_is_over_games_and_seeds(tmp_path: Path, capsys: 
     samples = np.sort(np.hstack([np.array(pong)[draws[0]], np.array(breakout)[draws[1]]]))  # of each game its seeds
     assert [low, high] == pytest.approx(np.percentile(samples[:, 2:-2].mean(axis=1), [2.5, 97.5]), abs=2)
     assert line in (tmp_path / "summary" / "table.md").read_text()
+    for name in ("old", "new"):
+        for run_dir in tmp_path.glob("*__*n_step3"):
+            shutil.copytree(run_dir, tmp_path / "both" / name / run_dir.name)
+    lines = summary.over_games(summary.read_runs(tmp_path / "both"))
+    assert [line.split(",")[0] for line in lines] == ["dqn_atari (new)", "dqn_atari (old)"]
 
 
 def test_seeds_without_a_value_keep_their_places() -> None:
@@ -550,10 +573,11 @@ def test_runs_of_the_folders_in_a_folder_are_compared(tmp_path: Path, capsys: py
 
 
 def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one folder and of several; each in its colour, the hours by the fastest seed's rate."""
+    """Of one folder and of several; each in its colour, the hours by the fastest seed's rate from the first update."""
     for script, folder in (("dqn_atari", "dqn"), ("rainbow_atari", "rainbow"), ("rainbow_atari", "again")):
         for seed in (1, 2):
-            run_dir = make_run(tmp_path / folder, seed, [1.0, 2.0, 3.0], 1.0, script=script)
+            flags = {"learning_starts": 400} if folder == "dqn" else {}
+            run_dir = make_run(tmp_path / folder, seed, [1.0, 2.0, 3.0], 1.0, script=script, **flags)
             shutil.copytree(run_dir, tmp_path / "all" / run_dir.name, dirs_exist_ok=True)
     summary.summarise(tmp_path / "all")
     assert (tmp_path / "all/summary/ALE-Pong-v5.png").stat().st_size > 5_000
@@ -570,7 +594,7 @@ def test_algorithms_of_one_environment_are_drawn_together(tmp_path: Path, monkey
     assert {path.name for path in (tmp_path / "summary").iterdir()} == {"ALE-Pong-v5.png"}
     labels = ["dqn_atari (2 seeds)", "rainbow_atari (2 seeds)", "rainbow_atari, again (2 seeds)"]
     assert steps == dict.fromkeys(labels, 1_000)
-    assert hours == dict.fromkeys(labels, pytest.approx(1_000 / 102 / 3_600))
+    assert hours == {label: pytest.approx((600 if "dqn" in label else 1_000) / 102 / 3_600) for label in labels}
     for path in tmp_path.glob("dqn/*/result.json"):  # no update, no rate
         path.write_text(json.dumps(json.loads(path.read_text()) | {"steps_per_second": 0.0}))
     summary.summarise(*(tmp_path / folder for folder in ("dqn", "rainbow", "again")))
