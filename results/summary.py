@@ -14,8 +14,8 @@ steps from the first update on take at the rate of the fastest seed, for the oth
 Of fewer than five seeds each one's value and curve. Of five and more the mean and its 95 % bootstrap interval
 (percentile; of five normal values it covers the true mean in 84 of 100 cases). For the 57 Atari games that the
 literature normalises (atari_random_human.csv, from DQN Zoo) the score relative to a random player, 0 %, and a human,
-100 %; from two games of five seeds, one folder and the same flags on, also its interquartile mean over all their runs, with an
-interval from samples of seeds within each game (Agarwal et al. 2021).
+100 %; from two games of five seeds, one folder and the same flags on, also its interquartile mean over all their runs,
+with an interval from samples of seeds within each game (Agarwal et al. 2021).
 """
 
 import csv
