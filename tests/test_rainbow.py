@@ -293,39 +293,15 @@ def test_projection_equals_the_papers_loop() -> None:
     torch.testing.assert_close(projected[0], probability[0], rtol=0, atol=2e-6)
 
 
-class Table(rainbow.RainbowNetwork):
-    """A network whose outputs are written down."""
-
-    def __init__(self, outputs: torch.Tensor):
-        super().__init__(2, rainbow.Args(distributional=outputs.shape[2] > 1, noisy_nets=False, small_network=True))
-        self.given = outputs
-
-    def forward(self, _: torch.Tensor) -> torch.Tensor:
-        return self.given
-
-
-@pytest.mark.parametrize("double_q", [True, False])
-def test_targets_by_hand(double_q: bool) -> None:
-    """The network prefers action 1, the target network action 0: double Q-learning takes its value of action 1."""
-    reward, discount = torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.0])
-    network, target = (Table(torch.tensor([[values], [values]]).view(2, 2, 1)) for values in ([3.0, 4.0], [8.0, 2.0]))
-    given_out = rainbow.targets(reward, discount, torch.zeros(2), target, network if double_q else target)
-    assert given_out.tolist() == [[2.0 if double_q else 5.0], [1.0]]
-
-    def certain(*returns: float) -> torch.Tensor:
-        """Logits of (nearly) certain returns, for two observations."""
-        logits = torch.full((2, 2, 51), -50.0)
-        for action, value in enumerate(returns):
-            logits[:, action, round((value + 10) / 0.4)] = 50.0
-        return logits
-
-    network, target = Table(certain(2.0, 4.0)), Table(certain(8.0, 2.0))
-    given_out = rainbow.targets(reward, discount, torch.zeros(2), target, network if double_q else target)
-    expected = torch.zeros(2, 51)
-    expected[0, round((12.0 if double_q else 15.0) / 0.4)] = 1.0  # 1 + 0.5 * 2, or 1 + 0.5 * 8, on from -10
+def test_targets_by_hand() -> None:
+    """1 + 0.5 * 2 and, at a terminal state, 1: of a value of 2 and of a return that is all but certainly 2."""
+    reward, discount, support = torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.0]), torch.linspace(-10, 10, 51)
+    assert rainbow.targets(reward, discount, torch.tensor([[2.0], [2.0]]), support).tolist() == [[2.0], [1.0]]
+    logits, expected = torch.full((2, 51), -50.0), torch.zeros(2, 51)
+    logits[:, 30], expected[0, 30] = 50.0, 1.0
     expected[1, 27], expected[1, 28] = 0.5, 0.5  # 1 lies half way between 0.8 and 1.2
-    torch.testing.assert_close(given_out[1], expected[1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(given_out[0] @ network.support, torch.tensor(2.0 if double_q else 5.0))
+    given_out = rainbow.targets(reward, discount, logits, support)
+    torch.testing.assert_close(given_out, expected, rtol=0, atol=1e-5)
 
 
 def test_losses_by_hand() -> None:
@@ -391,22 +367,38 @@ def test_what_the_loop_does(tmp_path: Path, play: Callable, monkeypatch: pytest.
     assert given_in == {(0.03, 0.02), (2, 0.7, 50, 8)}
 
 
-@pytest.mark.parametrize("distributional", [True, False])
-def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients, new priorities and logged values of three updates, against the weighted mean written out, with weights
-    of our own; after the second an evaluation of the same network."""
+@pytest.mark.parametrize(("distributional", "double_q"), [(True, True), (True, False), (False, True)])
+def test_updates_by_hand(
+    distributional: bool, double_q: bool, tmp_path: Path, play: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What three updates bootstrap from, their gradients, new priorities and logged values, against the weighted mean
+    written out, with weights and a target network of our own; after the second an evaluation of the same network."""
     play(rainbow, Catch)
-    sample, targets = rainbow.RainbowMemory.sample, rainbow.targets
+    restore, sample, targets = rainbow.Run.restore, rainbow.RainbowMemory.sample, rainbow.targets
     step, update = torch.optim.Adam.step, rainbow.RainbowMemory.update
     now, seen, evaluated = {}, [], []
 
+    def value(row: torch.Tensor) -> torch.Tensor:
+        return row.softmax(0) @ torch.linspace(-10, 10, 51) if distributional else row.sum()
+
+    def watch_restore(run: rainbow.Run, **parts: object) -> bool:
+        now["network"], now["theirs"] = parts["q_network"], parts["target_network"]
+        for weight in now["theirs"].parameters():
+            weight.copy_(0.1 * torch.randn_like(weight))
+        return restore(run, **parts)
+
     def watch_sample(memory: rainbow.RainbowMemory, size: int, beta: float) -> tuple:
         places, (*batch, _) = sample(memory, size, beta)
-        now["obs"], now["action"] = batch[:2]
+        now["obs"], now["action"], _, _, now["next_obs"] = batch
         return places, (*batch, torch.arange(1, size + 1) / size)
 
-    def watch_targets(*given_in: object) -> torch.Tensor:
-        now["network"], now["target"] = given_in[-1], targets(*given_in)
+    def watch_targets(*given_in: torch.Tensor) -> torch.Tensor:
+        ours, theirs = now["network"](now["next_obs"]), now["theirs"](now["next_obs"])
+        best = [[max(range(3), key=lambda a, rows=rows: value(rows[a])) for rows in each] for each in (ours, theirs)]
+        assert best[0] != best[1]
+        rows = [theirs[i, action] for i, action in enumerate(best[0 if double_q else 1])]
+        torch.testing.assert_close(given_in[2], torch.stack(rows))
+        now["target"] = targets(*given_in)
         return now["target"]
 
     def watch_step(optimizer: torch.optim.Adam) -> None:
@@ -423,8 +415,7 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, m
             now["priority"] = [
                 (abs((row - t).item()) + 1e-6) ** 0.5 for row, t in zip(rows, now["target"], strict=True)
             ]
-        values = [row.softmax(0) @ torch.linspace(-10, 10, 51) if distributional else row.sum() for row in rows]
-        now["logged"] = [sum(value.item() for value in values) / 8, sum(loss.item() for loss in losses) / 8]
+        now["logged"] = [sum(value(row).item() for row in rows) / 8, sum(loss.item() for loss in losses) / 8]
         mean = sum((i + 1) / 8 * loss for i, loss in enumerate(losses)) / 8
         weights = list(now["network"].parameters())
         for weight, gradient in zip(weights, torch.autograd.grad(mean, weights), strict=True):
@@ -448,13 +439,14 @@ def test_updates_by_hand(distributional: bool, tmp_path: Path, play: Callable, m
         return {}
 
     monkeypatch.setattr(rainbow.Run, "log", watch_log)
+    monkeypatch.setattr(rainbow.Run, "restore", watch_restore)
     monkeypatch.setattr(rainbow.RainbowMemory, "sample", watch_sample)
     monkeypatch.setattr(rainbow, "targets", watch_targets)
     monkeypatch.setattr(rainbow, "evaluate", watch_evaluate)
     monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
     monkeypatch.setattr(rainbow.RainbowMemory, "update", watch_update)
     flags = {"total_timesteps": 48, "learning_starts": 40, "batch_size": 8, "noisy_nets": False, "max_grad_norm": 1e9}
-    run = make_run(tmp_path, **flags, distributional=distributional, eval_frequency=44)
+    run = make_run(tmp_path, **flags, distributional=distributional, double_q=double_q, eval_frequency=44)
     rainbow.train(run.args, run)
     run.writer.close()
     assert len(seen) == 3
