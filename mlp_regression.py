@@ -121,7 +121,7 @@ class Args:
     batch_size: Count | None = None
     """examples in a minibatch, or all if fewer. Default: 10 with sgd, 64 with adam; with adam and --data 200"""
     epochs: Count | None = None
-    """passes over the training examples, at most; with lbfgs 20 iterations each. Default: 25 with lbfgs, else 1000"""
+    """passes over the training examples, at most; of lbfgs up to 20 iterations. Default: 25 with lbfgs, else 1000"""
     patience: Natural | None = None
     """end after this many epochs without a better validation loss; 0: never. Default: 0; with --data 20"""
     restarts: Count | None = None
@@ -179,6 +179,7 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
             lines = enumerate(csv.reader(file, skipinitialspace=True))
             blank, header = next(((n, line) for n, line in lines if line), (0, header))
         options = {"index_col": False, "low_memory": False, "skipinitialspace": True, "skiprows": blank}
+        options["compression"] = None  # whatever the file's name ends with
         options |= {"dtype": dict.fromkeys(text, str), "skip_blank_lines": len(header) > 1}  # in one column: gaps
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             frame = pd.read_csv(path, **options)
@@ -188,7 +189,7 @@ def read_table(path: str, columns: Iterable[str], text: Iterable[str] = ()) -> p
         seen = f"its first line is {header[:9]}, and should name the columns of the others, divided by commas"
         fail(f"--data {path}: not a CSV file with a header: {seen} ({str(error).splitlines()[0]})")
     for name in header:
-        if header.count(name) > 1:
+        if name and header.count(name) > 1:
             fail(f"--data {path}: more than one column is called {name!r}")
     for name in columns:
         if name not in frame:
@@ -304,7 +305,6 @@ def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarr
         frame = read_table(args.data, args.target)
         targets = np.stack([numbers(frame, name) for name in args.target], axis=1)
         complete = ~np.isnan(targets).any(axis=1)
-        repeated = int(frame[complete].duplicated().sum())
         frame, targets = frame[complete].drop(columns=list(args.target)), targets[complete]
         rows, dropped = len(frame), int((~complete).sum())
     else:
@@ -329,7 +329,7 @@ def make_data(args: Args, quiet: bool = False) -> tuple[dict[str, tuple[np.ndarr
         x, y = encode(frame, encoding), ((targets - encoding["mean"]) / encoding["std"]).astype(np.float32)
         if not quiet:
             print(f"{rows:,} rows, {dropped:,} without a target left out")
-            if repeated:
+            if repeated := int(pd.DataFrame(np.hstack([x, y])).duplicated().sum()):
                 print(f"{repeated:,} rows repeat others: test rows may stand among those that are trained on")
             describe(frame, encoding)
     if args.model == "logistic" and not (y.min() >= 0 and y.max() <= 1):
@@ -375,7 +375,8 @@ class RBFNetwork(nn.Module):
         self.last = nn.Linear(units, k, bias=False)
 
     def hidden(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [torch.exp(-(torch.cdist(x, self.centres) / self.widths).square())]
+        distance = torch.cdist(x, self.centres, compute_mode="donot_use_mm_for_euclid_dist")  # exact near a centre
+        return [torch.exp(-(distance / self.widths).square())]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.hidden(x)[0])
@@ -639,6 +640,7 @@ def picture_of_sum(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tenso
 def picture_of_maps(args: Args, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Figure:
     """A map of the prediction with the data on it; right of it maps of the first 16 units of each hidden layer."""
     low, high = x.min(dim=0).values, x.max(dim=0).values
+    high = high + (high == low)  # an input may have one value alone
     axis = torch.linspace(0, 1, 81)[:, None]
     grid = torch.cartesian_prod(*(low + axis * (high - low)).T)
     extent = (low[0].item(), high[0].item(), low[1].item(), high[1].item())

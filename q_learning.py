@@ -15,7 +15,7 @@ Q is linear in features of s (`--features raw`, `rbf`, `tiles`), with weights fo
 Features of `rbf` and `tiles` have a length of about 1, so that alpha is the part of an error that its update removes:
 with n tilings, alpha here is alpha / n on features of 0 and 1, the book's rule. Linear weights begin at 0, which is
 optimistic where rewards are negative: it explores without an epsilon (elsewhere, as in CartPole, give `--start-e 1`;
-`mlp` wants an alpha of some thousandths).
+`mlp` wants an alpha of some ten-thousandths).
 
 A terminal state has no value. A time limit is no terminal state: its target goes on with max_a' Q(s', a').
 

@@ -1,6 +1,7 @@
 """Tests of mlp_regression.py against independent oracles; each says what it compares with."""
 
 import errno
+import gzip
 import io
 import json
 import shutil
@@ -69,6 +70,10 @@ def test_linear_logistic_and_rbf_are_their_formulas() -> None:
     for row, output in zip(x, rbf(torch.from_numpy(x)).detach().numpy(), strict=True):
         rho = [np.exp(-((np.linalg.norm(row - c) / b) ** 2)) for c, b in zip(w["centres"], w["widths"], strict=True)]
         np.testing.assert_allclose(output, w["last.weight"] @ rho)
+    rbf = mlp.RBFNetwork(3, 1, 40, examples)
+    rbf.widths.data[:] = 1e-3  # 40 narrow units at places of size 1, in float32
+    near = rbf.hidden(rbf.centres + 5e-4)[0].diagonal()
+    torch.testing.assert_close(near, torch.full((40,), np.exp(-0.75)), rtol=1e-2, atol=0)
 
 
 def test_midpoints_of_the_first_layer_lie_at_examples() -> None:
@@ -505,7 +510,9 @@ def test_what_is_said_of_odd_columns(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_repeated_rows_are_said_and_fifty_categories_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    table = pd.DataFrame({"a": [f"name {i}" for i in range(60)] * 10, "t": [*range(60)] * 10})
+    """Whatever their numbers."""
+    table = pd.DataFrame({"a": [f"name {i}" for i in range(60)] * 10, "row": range(600), "t": [*range(60)] * 10})
+    table["row"] = "row " + table["row"].astype(str)
     table.to_csv(tmp_path / "t.csv", index=False)
     _, encoding = mlp.make_data(made_args(data=str(tmp_path / "t.csv"), target=("t",)))
     assert "540 rows repeat others" in capsys.readouterr().out
@@ -514,8 +521,8 @@ def test_repeated_rows_are_said_and_fifty_categories_kept(tmp_path: Path, capsys
 
 def test_spaces_after_commas_and_blank_first_lines_do_not_count(tmp_path: Path) -> None:
     for text, expected in (('id, a b, "c"\n1, x, 2\n', {"id": [1], "a b": ["x"], "c": [2]}), ("c\n5\n", {"c": [5]})):
-        (tmp_path / "t.csv").write_text("\n\n" + text)
-        assert mlp.read_table(str(tmp_path / "t.csv"), ["c"]).to_dict("list") == expected
+        (tmp_path / "t.gz").write_text("\n\n" + text)
+        assert mlp.read_table(str(tmp_path / "t.gz"), ["c"]).to_dict("list") == expected
 
 
 @pytest.mark.parametrize(
@@ -628,6 +635,8 @@ def test_evaluation_of_a_known_function_repeats(optimizer: str, tmp_path: Path) 
         ("--data ragged.csv --target b", "--data ragged.csv: not a CSV file"),
         ("--data binary.csv --target b", "--data binary.csv: not a CSV file"),
         ("--data latin.csv --target b", "--data latin.csv: not a CSV file in UTF-8: save it as one"),
+        ("--data zipped.csv.gz --target b", "--data zipped.csv.gz: not a CSV file in UTF-8: save it as one"),
+        ("--data unnamed.csv --target c", "there is no column 'c' among 'a', 'b', '', ''"),
         ("--data tiny.csv --target price", "one value in all rows to train on"),
         ("--data empty.csv --target b", "--data empty.csv: not a CSV file"),
         ("--data header.csv --target b", "0 rows are too few"),
@@ -665,6 +674,8 @@ def test_bad_input_of_regression(
     Path("comment.csv").write_text("# exported\na,b\n1,2\n")
     Path("binary.csv").write_bytes(bytes(range(256)) * 10)
     Path("latin.csv").write_text("ä,b\n1,2\n", encoding="latin-1")
+    Path("zipped.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    Path("unnamed.csv").write_text("a,b,,\n1,2,,\n")
     frame.assign(price=frame["price"] * 1e-200).to_csv("tiny.csv", index=False)
     Path("empty.csv").touch()
     Path("header.csv").write_text("a,b\n")
