@@ -25,7 +25,7 @@ Deep deterministic policy gradient. The numbers recur in `train`, beside the cod
 
 Differs from the paper:
 - A terminal state has no value: y_i = r_i there. A time limit is no terminal state: its target bootstraps.
-- The first actions are drawn uniformly (`--learning-starts`), and actions are clipped to their bounds.
+- The first actions are uniform, with no update meanwhile (`--learning-starts`); actions are clipped to their bounds.
 - Networks, rates and noise are those of Fujimoto's repository (sfujim/TD3, OurDDPG.py). Its process N is Gaussian,
   independent from step to step: line 5 has nothing to do. The paper: batch normalisation, 400 and 300 units, actions
   from the critic's second layer on, small last layers, rates of 1e-4 and 1e-3, tau 0.001, batches of 64, weight decay
@@ -249,7 +249,10 @@ class Critic(nn.Sequential):
 
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor."""
+    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor.
+
+    So are their gradients of its own: `grad.zero_()` clears both, any `zero_grad` would part them and end the learning.
+    """
     parameters = list(network.parameters())
     sizes = [parameter.numel() for parameter in parameters]
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())

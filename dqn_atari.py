@@ -226,7 +226,7 @@ class AtariPreprocessing(gym.Wrapper):
         return {"start": self.start.__getstate__(), "noops": self.noops, "actions": self.actions}
 
     def load_state_dict(self, state: dict) -> None:
-        """Plays the game again from its start: some seconds at most, for a game of half an hour."""
+        """Plays the game again from its start: in 10 to 20 seconds, if it is one of half an hour, the longest."""
         screen, info = self.env.reset()
         self.start, self.noops, self.actions = ale_py.ALEState(state["start"]), state["noops"], []
         self.unwrapped.restore_state(self.start)

@@ -27,7 +27,7 @@ Differs from the paper:
   learning rate falls, and Adam's epsilon is 1e-5.
 - Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts (Andrychowicz et
   al. 2021, section 3.4); statistics that change within a rollout. Here those of observations are of the rollouts
-  before, so that a state has one value (the first has them only clipped); those of rewards include this one.
+  before, so that a state has one value (in the first they are only clipped); those of rewards include this one.
 - As that study recommends (section 3.5), advantages are estimated anew in each epoch; in the paper, once a rollout. The
   policy's standard deviation begins at exp(-0.5), as in Spinning Up and Tianshou; CleanRL's at 1.
 - Actions are in units of [-1, 1], stretched to their bounds and clipped there for the environment alone;
@@ -311,14 +311,17 @@ class Policy(nn.Module):
 
         def mean(obs: np.ndarray) -> np.ndarray:
             for weight, bias in layers[:-1]:
-                obs = np.tanh(obs @ weight + bias)
+                obs = np.tanh(obs @ weight + bias)  # as in `mlp`: change both
             return obs @ layers[-1][0] + layers[-1][1]
 
         return mean
 
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor."""
+    """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor.
+
+    So are their gradients of its own: `grad.zero_()` clears both, any `zero_grad` would part them and end the learning.
+    """
     parameters = list(network.parameters())
     sizes = [parameter.numel() for parameter in parameters]
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())

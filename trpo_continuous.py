@@ -25,8 +25,9 @@ Differs from the paper:
 - A terminal state has no value. A time limit is no terminal state: delta_t takes V of its true last state.
 - As in RL Zoo's settings of sb3-contrib: observations are normalised by their mean and variance so far and rewards
   divided by the standard deviation of a discounted sum of past ones, both clipped to [-10, 10]; advantages are
-  normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before, so that a
-  state has one value (the first has them only clipped); those of rewards include this one.
+  normalised; initial weights are orthogonal. The statistics of observations are those of the rollouts before (in the
+  first they are only clipped), so that a state has one value; to take in a rollout moves the policy once more, outside
+  delta. Those of rewards include this rollout.
 - Policy and V have two hidden layers of 64 units; the paper's policy has one of 30 or 50.
 - Rollouts of 1,024 steps are Tianshou's (the paper's: 50,000 and more), 20 epochs for V RL Zoo's; all other defaults
   are sb3-contrib's, but for Adam's epsilon, which is PyTorch's. The KL of a state is the sum over the action's
@@ -316,7 +317,7 @@ class Policy(nn.Module):
 
         def mean(obs: np.ndarray) -> np.ndarray:
             for weight, bias in layers[:-1]:
-                obs = np.tanh(obs @ weight + bias)
+                obs = np.tanh(obs @ weight + bias)  # as in `mlp`: change both
             return obs @ layers[-1][0] + layers[-1][1]
 
         return mean
