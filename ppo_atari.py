@@ -29,8 +29,8 @@ Differs from the paper:
   learning rate; theirs does not (ppo2's once did).
 - Theirs, but not ours: a time limit that counts as a terminal state; a clipped value loss, which hurts in MuJoCo
   (Andrychowicz et al. 2021, section 3.4); FIRE pressed at a game's start and after a lost life: the policy has to.
-- All steps are agent steps of four emulator frames. Screens are made grey, then the maximum of two taken and shrunk by
-  area; theirs: maximum, grey, bilinear.
+- All steps are agent steps of four emulator frames. Screens are made grey before the maximum of two is taken; theirs
+  after it.
 
 An evaluation samples its actions from the policy, as the training does, in games of at most five minutes.
 """

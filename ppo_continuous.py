@@ -320,7 +320,7 @@ class Policy(nn.Module):
 def as_vector(network: nn.Module) -> nn.Parameter:
     """The weights of a network as one vector, of which they become views: for Adam, norms and averages one tensor.
 
-    So are their gradients of its own: `grad.zero_()` clears both, any `zero_grad` would part them and end the learning.
+    Their gradients are views of its `grad`: `grad.zero_()` clears them; after any `zero_grad` they would learn no more.
     """
     parameters = list(network.parameters())
     sizes = [parameter.numel() for parameter in parameters]

@@ -477,8 +477,9 @@ class RainbowMemory(FrameMemory):
         """
         position = self.draw(batch_size)
         ahead = self.steps[(position[:, None] + np.arange(self.n_step)) % self.slots]
+        # A window ends at an episode's last screen, at the newest, or after a terminal step
         ahead["acted"][:, 1:] &= ~ahead["terminated"][:, :-1]
-        inside = np.logical_and.accumulate(ahead["acted"], axis=1)  # up to an end, of the episode or of what is stored
+        inside = np.logical_and.accumulate(ahead["acted"], axis=1)
         length = inside.sum(axis=1)
         reward = (inside * ahead["reward"] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
         discount = self.gamma**length * ~(inside & ahead["terminated"]).any(axis=1)
@@ -493,7 +494,7 @@ class RainbowMemory(FrameMemory):
         """New priorities from losses, or absolute TD errors, (batch,), of the transitions at these places."""
         if self.tree:
             loss = np.fmin(loss.cpu().numpy().astype(np.float64), 100)  # as DQN Zoo does; nan too, which `log` tells of
-            # A divergence may be rounded to less than 0; 1e-6, for what has no chance is not drawn again
+            # Rounding may leave a divergence below 0; and without 1e-6, at 0 it would never be drawn again
             priority = (loss.clip(0) + 1e-6) ** PRIORITY_EXPONENT
             self.tree.set(position, priority)
             self.largest = max(self.largest, priority.max().item())
@@ -646,7 +647,8 @@ def check(args: Args) -> str:
     if not args.batch_size <= args.learning_starts <= args.total_timesteps or args.buffer_size < least:
         given = f"--batch-size {args.batch_size} <= --learning-starts {args.learning_starts}"
         given += f" <= --total-timesteps {args.total_timesteps}"
-        fail(f"must be {given}, and --buffer-size {args.buffer_size} >= {least}, for batch and --n-step {args.n_step}")
+        given += f", and --buffer-size {args.buffer_size} >= {least}, for --batch-size and --n-step {args.n_step}"
+        fail(f"must be {given}")
     return args.env_id
 
 
