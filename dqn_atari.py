@@ -226,7 +226,7 @@ class AtariPreprocessing(gym.Wrapper):
         return {"start": self.start.__getstate__(), "noops": self.noops, "actions": self.actions}
 
     def load_state_dict(self, state: dict) -> None:
-        """Plays the game again from its start: some seconds at most, for a game of half an hour."""
+        """Plays the game again from its start: in 10 to 20 seconds, if it is one of half an hour, the longest."""
         screen, info = self.env.reset()
         self.start, self.noops, self.actions = ale_py.ALEState(state["start"]), state["noops"], []
         self.unwrapped.restore_state(self.start)
@@ -405,10 +405,6 @@ def train(args: Args, run: Run) -> dict[str, QNetwork]:
     memory = FrameMemory(capacity, screens, run.map_file("steps", FrameMemory.STEP, (slots,)), rng, device)
     # 2: initialise action-value network Q with random weights
     q_network = QNetwork(int(env.action_space.n)).to(device)
-    for layer in q_network.layers:  # an experiment: Dopamine's first weights
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
     make_optimizer = functools.partial(torch.optim.Adam, fused=True) if args.optimizer == "adam" else RMSprop
     optimizer = make_optimizer(q_network.parameters(), lr=args.learning_rate, eps=args.optimizer_eps)
     # 3: initialise target network Q- with the weights of Q
