@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import shutil
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -264,6 +265,9 @@ def test_the_maps_of_two_inputs_show_the_prediction_and_each_unit() -> None:
     assert [left, bottom, right, top] == pytest.approx([*lows, *highs])
     for shown, expected in zip(maps, [model(corner), *torch.cat(model.hidden(corner), dim=1)[:, :20].T], strict=True):
         assert [shown[0, 0], shown[-1, 0]] == pytest.approx(expected.detach().ravel().tolist(), abs=1e-5)
+    x[:, 1] = 5.0
+    with warnings.catch_warnings(action="error"):  # Matplotlib's, of an axis without a length
+        mlp.picture(args, model, {"training": tuple(map(torch.from_numpy, parts["training"]))}, encoding)
 
 
 def test_the_picture_of_more_inputs_has_predictions_over_true_values(tmp_path: Path) -> None:
